@@ -1,0 +1,184 @@
+"""From a source of samples to batches of model input: an endless stream for training, a pass for
+evaluation.
+
+The training stream is a pure function of the seed and the global step. It does not know of
+processes (each takes its rows of the global batch), and to resume is to start at another step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import grain
+import numpy as np
+from jaxtyping import Bool, Float32, Int32
+from PIL import Image
+
+from samjax.data.augment import AugmentConfig
+from samjax.data.augment import augment as augment_sample
+from samjax.data.prompts import (
+    POSITIVE,
+    PromptConfig,
+    box_of,
+    central_point,
+    encode_prompt,
+    pad_prompt,
+    sample_prompt,
+)
+from samjax.data.sources import Sample, Source
+from samjax.preprocess import pad_to_square, prepare_image, resized_shape, scale_coords
+
+Batch = dict[str, Any]
+EVAL_SLOTS = {"none": 0, "box": 2, "point": 2}
+
+
+def prepare_sample(
+    sample: Sample,
+    coords: Float32[np.ndarray, "n 2"],
+    labels: Int32[np.ndarray, " n"],
+    image_size: int,
+) -> Batch:
+    """One sample as the model takes it, for training and evaluation alike.
+
+    `coords` are pixels of the sample's image. Returns image (s, s, 3) uint8, padded below and to
+    the right; input_size (2,) int32, (height, width) before padding; coords (n, 2) float32 in
+    pixels of the model's input; labels (n,) int32.
+    """
+    image, input_size = prepare_image(sample.image, image_size)
+    scaled = scale_coords(coords, sample.mask.shape, image_size).astype(np.float32)
+    return {"image": image, "input_size": input_size, "coords": scaled, "labels": labels}
+
+
+def prepare_mask(mask: Bool[np.ndarray, "h w"], image_size: int) -> Bool[np.ndarray, "s s"]:
+    """The truth on the padded input: resized as the image with nearest neighbour, padded False."""
+    height, width = resized_shape(*mask.shape, image_size)
+    if mask.shape != (height, width):
+        image = Image.fromarray(mask.astype(np.uint8))
+        mask = np.asarray(image.resize((width, height), Image.Resampling.NEAREST)).astype(bool)
+    return pad_to_square(mask, image_size)
+
+
+def train_batches(
+    source: Source,
+    *,
+    image_size: int,
+    batch_size: int,
+    seed: int,
+    prompts: PromptConfig,
+    augment: AugmentConfig,
+) -> grain.MapDataset:
+    """The endless stream of global training batches; element i is the batch of step i.
+
+    The source is shuffled anew in every epoch, and a batch may reach from one epoch into the next.
+    Element i does not depend on what was read before it. Each is a dict of numpy arrays: image,
+    input_size, coords and labels as `prepare_sample` gives them, mask (s, s) bool as `prepare_mask`
+    does and index () int32, the position in the source, all with a leading batch axis.
+    """
+    _check_sizes(source, image_size, batch_size)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must lie in [0, 2**32), but is {seed}")
+
+    def load(index: int, rng: np.random.Generator) -> Batch:
+        sample = source[int(index)]
+        sample = Sample(sample.name, *augment_sample(rng, sample.image, sample.mask, augment))
+        coords, labels = sample_prompt(rng, sample.mask, prompts)
+        prepared = prepare_sample(sample, coords, labels, image_size)
+        mask = prepare_mask(sample.mask, image_size)
+        return {**prepared, "mask": mask, "index": np.int32(index)}
+
+    # The random map comes after the repetition, so that an image is changed anew in every epoch.
+    positions = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    return positions.random_map(load).batch(batch_size)
+
+
+def batches_from(
+    dataset: grain.MapDataset, start: int, stop: int, num_threads: int = 2, buffer: int = 4
+) -> Iterator[Batch]:
+    """Elements start, ..., stop - 1 in order, read ahead by threads, at most `buffer` of them."""
+    if not 0 <= start <= stop <= len(dataset):
+        raise ValueError(
+            f"start and stop must satisfy 0 <= start <= stop <= {len(dataset)}, but are {start} and "
+            f"{stop}"
+        )
+    if start == stop:
+        return iter(())
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=buffer)
+    return iter(dataset[start:stop].to_iter_dataset(options))
+
+
+def eval_batches(
+    source: Source,
+    *,
+    image_size: int,
+    batch_size: int,
+    prompts_for: Literal["none", "box", "point"],
+    num_threads: int = 2,
+) -> Iterator[Batch]:
+    """One pass over the source in order, without randomness.
+
+    Each batch has image, input_size, coords and labels as `prepare_sample` gives them with a
+    leading batch axis, original_size (b, 2) int32, and the lists truth ((h, w) bool masks of the
+    original sizes) and names. The last batch is filled up by repeating the last sample; valid (b,)
+    bool is False there. `prompts_for` chooses no prompt, the box of the truth, or its most central
+    point; an empty truth has no prompt.
+    """
+    _check_sizes(source, image_size, batch_size)
+    if prompts_for not in EVAL_SLOTS:
+        raise ValueError(f"prompts_for must be none, box or point, but is {prompts_for!r}")
+
+    def load(index: int) -> Batch:
+        sample = source[int(index)]
+        coords, labels = pad_prompt(*_truth_prompt(sample, prompts_for), EVAL_SLOTS[prompts_for])
+        prepared = prepare_sample(sample, coords, labels, image_size)
+        return {**prepared, "truth": sample.mask, "name": sample.name}
+
+    return _group(_read_ahead(load, len(source), num_threads), batch_size)
+
+
+def _read_ahead(load: Callable[[int], Batch], count: int, num_threads: int) -> Iterator[Batch]:
+    return batches_from(grain.MapDataset.range(count).map(load), 0, count, num_threads, buffer=16)
+
+
+def _group(samples: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
+    group: list[Batch] = []
+    for sample in samples:
+        group.append(sample)
+        if len(group) == batch_size:
+            yield _collate(group, batch_size)
+            group = []
+    if group:
+        yield _collate(group, batch_size)
+
+
+def _collate(group: list[Batch], batch_size: int) -> Batch:
+    valid = np.arange(batch_size) < len(group)
+    group = group + [group[-1]] * (batch_size - len(group))
+    stacked = {
+        key: np.stack([sample[key] for sample in group])
+        for key in ("image", "input_size", "coords", "labels")
+    }
+    truth = [sample["truth"] for sample in group]
+    return {
+        **stacked,
+        "valid": valid,
+        "truth": truth,
+        "names": [sample["name"] for sample in group],
+        "original_size": np.array([mask.shape for mask in truth], np.int32),
+    }
+
+
+def _truth_prompt(sample: Sample, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    if kind == "none" or not sample.mask.any():
+        return encode_prompt(None, None, None)
+    if kind == "box":
+        return encode_prompt(None, None, box_of(sample.mask))
+    return encode_prompt(central_point(sample.mask)[None], [POSITIVE], None)
+
+
+def _check_sizes(source: Source, image_size: int, batch_size: int) -> None:
+    for name, value in (("image_size", image_size), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, but is {value}")
+    if not len(source):
+        raise ValueError("the source holds no samples")

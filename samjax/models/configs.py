@@ -1,0 +1,116 @@
+"""What distinguishes one SAM from another: encoder sizes, input size, preprocessing.
+
+A config is plain data. It is stored next to the weights (`config.json` of a samjax checkpoint), so
+that a checkpoint is never run with another model's preprocessing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class VitConfig:
+    """SAM's plain ViT with windowed attention (Kirillov et al. 2023, section A; ViTDet)."""
+
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    # 0-based blocks with global attention; all others attend within windows.
+    global_attn_indexes: tuple[int, ...] = (2, 5, 8, 11)
+    window_size: int = 14
+    patch_size: int = 16
+    # Side of the token grid that `pos_embed` and the global `rel_pos` tables were trained on.
+    pretrain_grid: int = 64
+    kind: str = "vit"
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyVitConfig:
+    """TinyViT-5M as MobileSAM uses it (Zhang et al. 2023): the last stage keeps its resolution."""
+
+    embed_dims: tuple[int, ...] = (64, 128, 160, 320)
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: tuple[int, ...] = (2, 4, 5, 10)
+    window_sizes: tuple[int, ...] = (7, 7, 14, 7)
+    # The two convolutions of the patch embedding: 3x3 of stride 2 in MobileSAM, 1x1 of stride 1
+    # in LiteMedSAM.
+    patch_kernel: int = 3
+    patch_stride: int = 2
+    kind: str = "tiny_vit"
+
+    @property
+    def patch_size(self) -> int:
+        """Image pixels per side of one token of the image embedding."""
+        return self.patch_stride**2 * 2 ** (len(self.embed_dims) - 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamConfig:
+    """One SAM: its encoder, the input side in pixels, and how pixels become model input."""
+
+    name: str = "vit_b"
+    image_encoder: VitConfig | TinyVitConfig = VitConfig()
+    # Side in pixels of the square input. Fine-tuning may use another one (a multiple of the patch).
+    image_size: int = 1024
+    # model input = (pixel - pixel_mean) / pixel_std, for RGB pixels in [0, 255].
+    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    # Channels of the image embedding, of prompts and of the decoder's tokens.
+    prompt_embed_dim: int = 256
+    decoder_depth: int = 2
+    decoder_num_heads: int = 8
+    decoder_mlp_dim: int = 2048
+
+    def with_image_size(self, image_size: int | None) -> SamConfig:
+        """The same model at another input side; `None` keeps the model's own.
+
+        Raises ValueError where the side is not a positive multiple of the encoder's patch.
+        """
+        if image_size is None:
+            return self
+        patch = self.image_encoder.patch_size
+        if image_size <= 0 or image_size % patch:
+            raise ValueError(
+                f"image_size {image_size} is not a positive multiple of {patch}, the patch size of "
+                f"{self.name}; the nearest that is: {max(patch, round(image_size / patch) * patch)}"
+            )
+        return dataclasses.replace(self, image_size=image_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict; `from_json` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> SamConfig:
+        """The inverse of `to_json`. Raises ValueError on unknown or missing fields."""
+        try:
+            encoder = dict(data["image_encoder"])
+            cls = {"vit": VitConfig, "tiny_vit": TinyVitConfig}[encoder["kind"]]
+            return SamConfig(**_tuples({**data, "image_encoder": cls(**_tuples(encoder))}))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a samjax model config: {error}") from None
+
+
+def _tuples(data: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+
+
+_VIT_L = VitConfig(embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23))
+_VIT_H = VitConfig(embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31))
+
+# The names that `--model` takes. `vit_t` is MobileSAM.
+MODELS: dict[str, SamConfig] = {
+    "vit_b": SamConfig(),
+    "vit_l": SamConfig(name="vit_l", image_encoder=_VIT_L),
+    "vit_h": SamConfig(name="vit_h", image_encoder=_VIT_H),
+    "vit_t": SamConfig(name="vit_t", image_encoder=TinyVitConfig()),
+    "lite_medsam": SamConfig(
+        name="lite_medsam",
+        image_encoder=TinyVitConfig(patch_kernel=1, patch_stride=1),
+        image_size=256,
+        pixel_mean=(0.0, 0.0, 0.0),
+        pixel_std=(255.0, 255.0, 255.0),
+    ),
+}

@@ -1,0 +1,157 @@
+"""SAM's ViT image encoder (Kirillov et al. 2023; `segment_anything/modeling/image_encoder.py`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from samjax.models import windows
+from samjax.models.attention import AttentionKind, attend_map
+from samjax.models.configs import VitConfig
+from samjax.nn import Context, Conv, Dense, LayerNorm, Segments, gelu
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
+    hidden: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b c"], ctx: Context) -> Float[Array, "*b c"]:
+        """(..., c) -> (..., c)."""
+        hidden = gelu(Dense(self.hidden, dtype=self.dtype, name="lin1")(x, ctx))
+        return Dense(x.shape[-1], dtype=self.dtype, name="lin2")(hidden, ctx)
+
+
+class Attention(nn.Module):
+    """Multi-head attention over a token map with decomposed relative positions."""
+
+    num_heads: int
+    # Side of the token map for which the relative-position tables were made.
+    table_size: int
+    kind: AttentionKind = "chunked"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], ctx: Context) -> Float[Array, "b h w c"]:
+        """(b, h, w, c) -> (b, h, w, c)."""
+        batch, height, width, dim = x.shape
+        shape = (2 * self.table_size - 1, dim // self.num_heads)
+        rel_pos_h = self.param("rel_pos_h", nn.initializers.zeros, shape)
+        rel_pos_w = self.param("rel_pos_w", nn.initializers.zeros, shape)
+        segments = Segments(("q", "k", "v"), "thirds", self.num_heads)
+        qkv = Dense(3 * dim, dtype=self.dtype, segments=segments, name="qkv")(x, ctx)
+        qkv = qkv.reshape(batch, height, width, 3, self.num_heads, -1)
+        q, k, v = jnp.moveaxis(qkv, (3, 4), (0, 2))
+        out = attend_map(q, k, v, rel_pos_h, rel_pos_w, self.kind)
+        out = jnp.moveaxis(out, 1, 3).reshape(batch, height, width, dim)
+        return Dense(dim, dtype=self.dtype, name="proj")(out, ctx)
+
+
+class Block(nn.Module):
+    """A transformer block; `window_size` 0 means global attention."""
+
+    config: VitConfig
+    window_size: int
+    attention: AttentionKind = "chunked"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], ctx: Context) -> Float[Array, "b h w c"]:
+        """(b, h, w, c) -> (b, h, w, c)."""
+        batch, height, width, dim = x.shape
+        attn = Attention(
+            num_heads=self.config.num_heads,
+            table_size=self.window_size or self.config.pretrain_grid,
+            kind=self.attention,
+            dtype=self.dtype,
+            name="attn",
+        )
+        y = LayerNorm(dtype=self.dtype, name="norm1")(x)
+        if self.window_size:
+            # Padding comes after the norm: padded tokens take part in attention, as in SAM.
+            y = attn(windows.partition(y, self.window_size), ctx)
+            y = windows.unpartition(y, batch, height, width)
+        else:
+            y = attn(y, ctx)
+        x = x + y
+        y = LayerNorm(dtype=self.dtype, name="norm2")(x)
+        return x + Mlp(4 * dim, dtype=self.dtype, name="mlp")(y, ctx)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens."""
+
+    embed_dim: int
+    patch_size: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w 3"], ctx: Context) -> Float[Array, "b gh gw c"]:
+        """(b, h, w, 3) -> (b, h / patch, w / patch, c)."""
+        conv = Conv(self.embed_dim, self.patch_size, self.patch_size, dtype=self.dtype, name="proj")
+        return conv(x, ctx)
+
+
+def apply_neck(x: Array, features: int, dtype: Any, ctx: Context) -> Float[Array, "b h w d"]:
+    """The neck of every SAM encoder, to be called in the encoder's compact method."""
+    x = Conv(features, 1, use_bias=False, dtype=dtype, name="neck_0")(x, ctx)
+    x = LayerNorm(dtype=dtype, name="neck_1")(x)
+    x = Conv(features, 3, use_bias=False, dtype=dtype, name="neck_2")(x, ctx)
+    return LayerNorm(dtype=dtype, name="neck_3")(x)
+
+
+class ImageEncoderViT(nn.Module):
+    """ViT-B, -L or -H with windowed attention, four global blocks and a convolutional neck."""
+
+    config: VitConfig
+    out_chans: int = 256
+    attention: AttentionKind = "chunked"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w 3"], ctx: Context) -> Float[Array, "b gh gw d"]:
+        """Normalised images (b, h, w, 3) -> image embeddings (b, h / 16, w / 16, out_chans)."""
+        config = self.config
+        x = PatchEmbed(config.embed_dim, config.patch_size, self.dtype, name="patch_embed")(x, ctx)
+        grid = config.pretrain_grid
+        pos_embed = self.param(
+            "pos_embed", nn.initializers.normal(0.02), (1, grid, grid, config.embed_dim)
+        )
+        x = x + resize_positions(pos_embed, x.shape[1], x.shape[2]).astype(self.dtype)
+        for i in range(config.depth):
+            window = 0 if i in config.global_attn_indexes else config.window_size
+            block = Block(config, window, self.attention, self.dtype, name=f"blocks_{i}")
+            x = block(x, ctx)
+        return apply_neck(x, self.out_chans, self.dtype, ctx)
+
+
+def resize_positions(
+    pos_embed: Float[Array, "1 n m c"], height: int, width: int
+) -> Float[Array, "1 h w c"]:
+    """Absolute positions for another grid, as torch's bicubic `F.interpolate`, not antialiased."""
+    if pos_embed.shape[1:3] == (height, width):
+        return pos_embed
+    rows = bicubic_matrix(pos_embed.shape[1], height).astype(np.float32)
+    columns = bicubic_matrix(pos_embed.shape[2], width).astype(np.float32)
+    return jnp.einsum("ih,bhwc,jw->bijc", rows, pos_embed, columns, precision="highest")
+
+
+def bicubic_matrix(size_in: int, size_out: int) -> Float[np.ndarray, "m n"]:
+    """One axis of torch's bicubic interpolation (a = -0.75, border pixels repeated) as a matrix."""
+    a = -0.75
+    source = (np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5
+    base = np.floor(source).astype(np.int64)
+    matrix = np.zeros((size_out, size_in))
+    for tap in range(-1, 3):
+        x = np.abs(source - (base + tap))
+        near = ((a + 2) * x - (a + 3)) * x * x + 1
+        far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+        weight = np.where(x <= 1, near, far)
+        np.add.at(matrix, (np.arange(size_out), np.clip(base + tap, 0, size_in - 1)), weight)
+    return matrix

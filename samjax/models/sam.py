@@ -1,0 +1,126 @@
+"""The Segment Anything Model: image encoder, prompt encoder, mask decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from samjax.models.attention import AttentionKind
+from samjax.models.configs import SamConfig, TinyVitConfig
+from samjax.models.image_encoder import ImageEncoderViT
+from samjax.models.mask_decoder import MaskDecoder
+from samjax.models.prompt_encoder import PromptEncoder, Prompts
+from samjax.models.tiny_vit import TinyViT
+from samjax.nn import Context, SiteInfo, record_sites
+from samjax.preprocess import normalize
+
+DETERMINISTIC = Context()
+
+
+class Sam(nn.Module):
+    """A SAM of any size. Parameter paths follow the original's keys.
+
+    `variables` of `apply` are `{"params": ..., "peft": ...}`; the second tree is optional. With
+    `dtype=bfloat16`, parameters may stay float32; softmax, norms and outputs are float32.
+    """
+
+    config: SamConfig
+    attention: AttentionKind = "chunked"
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        """Names submodules as the original does."""
+        config, dim = self.config, self.config.prompt_embed_dim
+        encoder = config.image_encoder
+        if isinstance(encoder, TinyVitConfig):
+            self.image_encoder = TinyViT(encoder, dim, self.dtype)
+        else:
+            self.image_encoder = ImageEncoderViT(encoder, dim, self.attention, self.dtype)
+        self.prompt_encoder = PromptEncoder(dim, config.image_size, dtype=self.dtype)
+        self.mask_decoder = MaskDecoder(
+            dim,
+            config.decoder_depth,
+            config.decoder_num_heads,
+            config.decoder_mlp_dim,
+            dtype=self.dtype,
+        )
+
+    def encode(
+        self,
+        image: UInt8[Array, "b s s 3"],
+        input_size: Int[Array, "b 2"],
+        ctx: Context = DETERMINISTIC,
+    ) -> Float[Array, "b h w c"]:
+        """Image embeddings (b, s / 16, s / 16, 256).
+
+        `image`: uint8 RGB, resized and padded as `samjax.preprocess.prepare_image` does;
+        `input_size`: (height, width) of each image without its padding.
+        """
+        return self.encode_normalized(
+            normalize(image, input_size, self.config.pixel_mean, self.config.pixel_std), ctx
+        )
+
+    def encode_normalized(
+        self, x: Float[Array, "b s s 3"], ctx: Context = DETERMINISTIC
+    ) -> Float[Array, "b h w c"]:
+        """Image embeddings of images that are normalised and padded already."""
+        return self.image_encoder(x, ctx)
+
+    def decode(
+        self,
+        image_embeddings: Float[Array, "e h w c"],
+        prompts: Prompts,
+        ctx: Context = DETERMINISTIC,
+    ) -> tuple[Float[Array, "b m h4 w4"], Float[Array, "b m"]]:
+        """Low-resolution logits (b, 4, 4 h, 4 w) and IoU predictions (b, 4), float32.
+
+        One embedding serves all b prompts, or each prompt has its own (e = b). Output 0 is SAM's
+        single mask, 1 to 3 its multi-mask outputs.
+        """
+        grid = image_embeddings.shape[1:3]
+        sparse, dense, present = self.prompt_encoder(prompts, grid, ctx)
+        image_pe = self.prompt_encoder.dense_pe(grid)
+        return self.mask_decoder(image_embeddings, image_pe, sparse, dense, present, ctx)
+
+    def __call__(
+        self,
+        image: UInt8[Array, "b s s 3"],
+        input_size: Int[Array, "b 2"],
+        prompts: Prompts,
+        ctx: Context = DETERMINISTIC,
+    ) -> tuple[Float[Array, "b m h4 w4"], Float[Array, "b m"]]:
+        """`encode`, then `decode` with one prompt an image."""
+        return self.decode(self.encode(image, input_size, ctx), prompts, ctx)
+
+    def init_params(self, key: Any) -> dict[str, Any]:
+        """Randomly initialised `params`, a nested dict of float32 arrays."""
+        return self.init(key, *_example(self.config))["params"]
+
+    def init_params_shapes(self) -> dict[str, Any]:
+        """The nested dict of `jax.ShapeDtypeStruct` that `params` must match; computes nothing."""
+        return jax.eval_shape(self.init_params, jax.random.key(0))
+
+    def sites(self, variables: dict[str, Any] | None = None) -> list[SiteInfo]:
+        """Every adaptable layer, in the order in which a forward pass calls it; computes nothing.
+
+        A layer that is called twice is listed twice.
+        """
+        if variables is None:
+            variables = {"params": self.init_params_shapes()}
+        with record_sites() as visits:
+            jax.eval_shape(lambda v: self.apply(v, *_example(self.config)), variables)
+        return visits
+
+
+def _example(config: SamConfig) -> tuple[Array, Array, Prompts]:
+    # With a mask prompt, so that every parameter is touched.
+    size, side = config.image_size, 4 * config.image_size // config.image_encoder.patch_size
+    return (
+        jnp.zeros((1, size, size, 3), jnp.uint8),
+        jnp.full((1, 2), size, jnp.int32),
+        Prompts(jnp.zeros((1, 1, 2)), jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, side, side))),
+    )

@@ -1,0 +1,194 @@
+"""TinyViT-5M as image encoder: MobileSAM (Zhang et al. 2023) and LiteMedSAM.
+
+Three things differ from the ViT: the fused qkv lies head by head, the norm sits inside the
+attention and therefore *after* the zero padding of windows, and convolutions carry a BatchNorm,
+which stays unfused and in inference mode.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from samjax.models import windows
+from samjax.models.attention import attend
+from samjax.models.configs import TinyVitConfig
+from samjax.models.image_encoder import apply_neck
+from samjax.nn import BatchNorm, Context, Conv, Dense, DepthwiseConv, LayerNorm, Segments, gelu
+
+
+class ConvBN(nn.Module):
+    """A convolution without bias, then a BatchNorm."""
+
+    features: int
+    kernel_size: int = 1
+    stride: int = 1
+    depthwise: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], ctx: Context) -> Float[Array, "b oh ow d"]:
+        """(b, h, w, c) -> (b, h / stride, w / stride, features)."""
+        if self.depthwise:
+            x = DepthwiseConv(self.kernel_size, self.stride, self.dtype, name="c")(x)
+        else:
+            x = Conv(self.features, self.kernel_size, self.stride, False, self.dtype, name="c")(
+                x, ctx
+            )
+        return BatchNorm(dtype=self.dtype, name="bn")(x)
+
+
+class PatchEmbed(nn.Module):
+    """Two convolutions with a GELU between them."""
+
+    config: TinyVitConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w 3"], ctx: Context) -> Float[Array, "b gh gw c"]:
+        """(b, h, w, 3) -> (b, h / stride^2, w / stride^2, c)."""
+        dim, k, s = self.config.embed_dims[0], self.config.patch_kernel, self.config.patch_stride
+        x = gelu(ConvBN(dim // 2, k, s, dtype=self.dtype, name="seq_0")(x, ctx))
+        return ConvBN(dim, k, s, dtype=self.dtype, name="seq_2")(x, ctx)
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck: expand by 4, depthwise 3 x 3, project back, add, GELU."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], ctx: Context) -> Float[Array, "b h w c"]:
+        """(b, h, w, c) -> (b, h, w, c)."""
+        dim = x.shape[-1]
+        y = gelu(ConvBN(4 * dim, dtype=self.dtype, name="conv1")(x, ctx))
+        y = gelu(ConvBN(4 * dim, 3, depthwise=True, dtype=self.dtype, name="conv2")(y, ctx))
+        return gelu(x + ConvBN(dim, dtype=self.dtype, name="conv3")(y, ctx))
+
+
+class PatchMerging(nn.Module):
+    """Widens the channels and, with `stride` 2, halves the map."""
+
+    features: int
+    stride: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], ctx: Context) -> Float[Array, "b oh ow d"]:
+        """(b, h, w, c) -> (b, h / stride, w / stride, features)."""
+        d, dtype = self.features, self.dtype
+        x = gelu(ConvBN(d, dtype=dtype, name="conv1")(x, ctx))
+        x = gelu(ConvBN(d, 3, self.stride, depthwise=True, dtype=dtype, name="conv2")(x, ctx))
+        return ConvBN(d, dtype=dtype, name="conv3")(x, ctx)
+
+
+class Attention(nn.Module):
+    """Attention within one window, with a learnt bias per head and absolute offset."""
+
+    num_heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n s s c"], ctx: Context) -> Float[Array, "n s s c"]:
+        """(windows, s, s, c) -> (windows, s, s, c)."""
+        size, dim = x.shape[1], x.shape[3]
+        biases = self.param(
+            "attention_biases", nn.initializers.zeros, (self.num_heads, size * size)
+        )
+        x = LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x)
+        segments = Segments(("q", "k", "v"), "heads", self.num_heads)
+        qkv = Dense(3 * dim, dtype=self.dtype, segments=segments, name="qkv")(x, ctx)
+        qkv = qkv.reshape(x.shape[0], size * size, self.num_heads, 3, -1)
+        q, k, v = jnp.moveaxis(qkv, (3, 2), (0, 2))
+        out = attend(q, k, v, biases[:, offset_indices(size)])
+        out = jnp.moveaxis(out, 1, 2).reshape(x.shape)
+        return Dense(dim, dtype=self.dtype, name="proj")(out, ctx)
+
+
+def offset_indices(size: int) -> np.ndarray:
+    """(s * s, s * s) indices of the bias for each pair of tokens of a window.
+
+    Offsets (|dy|, |dx|) are numbered in order of first appearance, which for a raster scan is
+    |dy| * size + |dx|.
+    """
+    y, x = (a.ravel() for a in np.divmod(np.arange(size * size), size))
+    return np.abs(y[:, None] - y[None, :]) * size + np.abs(x[:, None] - x[None, :])
+
+
+class Mlp(nn.Module):
+    """Norm, then two linear layers with a GELU between them."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b c"], ctx: Context) -> Float[Array, "*b c"]:
+        """(..., c) -> (..., c)."""
+        dim = x.shape[-1]
+        x = LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x)
+        hidden = gelu(Dense(4 * dim, dtype=self.dtype, name="fc1")(x, ctx))
+        return Dense(dim, dtype=self.dtype, name="fc2")(hidden, ctx)
+
+
+class Block(nn.Module):
+    """Windowed attention, a depthwise convolution, an MLP."""
+
+    num_heads: int
+    window_size: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], ctx: Context) -> Float[Array, "b h w c"]:
+        """(b, h, w, c) -> (b, h, w, c)."""
+        batch, height, width, dim = x.shape
+        attn = Attention(self.num_heads, self.dtype, name="attn")
+        # Zeros are normalised inside the attention: padded tokens become the norm's bias.
+        y = attn(windows.partition(x, self.window_size), ctx)
+        x = x + windows.unpartition(y, batch, height, width)
+        x = ConvBN(dim, 3, depthwise=True, dtype=self.dtype, name="local_conv")(x, ctx)
+        return x + Mlp(self.dtype, name="mlp")(x, ctx)
+
+
+class Stage(nn.Module):
+    """One resolution of TinyViT; the first is convolutional."""
+
+    config: TinyVitConfig
+    index: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], ctx: Context) -> Float[Array, "b oh ow d"]:
+        """(b, h, w, c) -> (b, h / stride, w / stride, channels of the next stage)."""
+        config, i = self.config, self.index
+        for j in range(config.depths[i]):
+            if i == 0:
+                x = MBConv(self.dtype, name=f"blocks_{j}")(x, ctx)
+            else:
+                heads, window = config.num_heads[i], config.window_sizes[i]
+                x = Block(heads, window, self.dtype, name=f"blocks_{j}")(x, ctx)
+        last = len(config.depths) - 1
+        if i < last:
+            # MobileSAM keeps the resolution of the last stage.
+            stride = 1 if i + 1 == last else 2
+            merge = PatchMerging(config.embed_dims[i + 1], stride, self.dtype, name="downsample")
+            x = merge(x, ctx)
+        return x
+
+
+class TinyViT(nn.Module):
+    """TinyViT with SAM's neck."""
+
+    config: TinyVitConfig
+    out_chans: int = 256
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w 3"], ctx: Context) -> Float[Array, "b gh gw d"]:
+        """Normalised images (b, h, w, 3) -> image embeddings (b, h / p, w / p, out_chans)."""
+        x = PatchEmbed(self.config, self.dtype, name="patch_embed")(x, ctx)
+        for i in range(len(self.config.depths)):
+            x = Stage(self.config, i, self.dtype, name=f"layers_{i}")(x, ctx)
+        return apply_neck(x, self.out_chans, self.dtype, ctx)

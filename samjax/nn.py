@@ -1,0 +1,277 @@
+"""Layers with sites: the one place where an adapter meets a layer.
+
+Every adaptable layer looks in the `peft` collection under its own path. Finding nothing, it is a
+plain layer; finding a *delta*, a small pytree record, it lets the delta compute the output in its
+stead: `delta(site, x, ctx)`. Model code never names a method.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+# Leaves of `params` that no method trains and no parameter count includes.
+BUFFERS = frozenset({"mean", "var", "positional_encoding_gaussian_matrix"})
+
+
+@struct.dataclass
+class Context:
+    """What a delta may need besides its input: the same for all sites of one forward pass."""
+
+    # PRNG key of stochastic deltas (dropout); None makes them deterministic.
+    rng: Any = None
+
+    def key(self, path: str) -> Any:
+        """A PRNG key of its own for the site at `path`, equal on every host of a pod."""
+        return jax.random.fold_in(self.rng, zlib.crc32(path.encode()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """How the named parts of a fused projection lie in its output channels.
+
+    `thirds`: all channels of one part, then all of the next (SAM's ViT).
+    `heads`: head by head, and within a head part by part (TinyViT: q_h, k_h, v_h).
+    """
+
+    names: tuple[str, ...]
+    layout: Literal["thirds", "heads"]
+    num_heads: int
+
+    def split(self, y: Float[Array, "*b n"]) -> dict[str, Float[Array, "*b m"]]:
+        """Cuts the last axis into the named parts, each with its heads in order."""
+        if self.layout == "thirds":
+            parts = jnp.split(y, len(self.names), axis=-1)
+        else:
+            grouped = y.reshape(*y.shape[:-1], self.num_heads, len(self.names), -1)
+            parts = [grouped[..., i, :].reshape(*y.shape[:-1], -1) for i in range(len(self.names))]
+        return dict(zip(self.names, parts, strict=True))
+
+    def join(self, parts: Mapping[str, Float[Array, "*b m"]]) -> Float[Array, "*b n"]:
+        """The inverse of `split`; parts that are not given are zero."""
+        some = next(iter(parts.values()))
+        full = [parts.get(name, jnp.zeros_like(some)) for name in self.names]
+        if self.layout == "thirds":
+            return jnp.concatenate(full, axis=-1)
+        heads = [p.reshape(*p.shape[:-1], self.num_heads, -1) for p in full]
+        return jnp.stack(heads, axis=-2).reshape(*some.shape[:-1], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteInfo:
+    """A site as `samjax.peft` sees it before any adapter exists."""
+
+    path: str
+    kind: Literal["dense", "conv"]
+    kernel_shape: tuple[int, ...]
+    segments: Segments | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A layer as a delta sees it: the frozen weights, and the plain layer itself as a call."""
+
+    info: SiteInfo
+    kernel: Any
+    bias: Any
+    apply: Any
+
+    def __call__(self, x: Array) -> Array:
+        """The layer's output without any adapter."""
+        return self.apply(x, self.kernel, self.bias)
+
+
+_visits: contextvars.ContextVar[list[SiteInfo] | None] = contextvars.ContextVar(
+    "samjax_site_visits", default=None
+)
+
+
+@contextlib.contextmanager
+def record_sites() -> Iterator[list[SiteInfo]]:
+    """Collects a `SiteInfo` for each site that is called, in order, while a forward is traced."""
+    visits: list[SiteInfo] = []
+    token = _visits.set(visits)
+    try:
+        yield visits
+    finally:
+        _visits.reset(token)
+
+
+def _call_site(module: nn.Module, site: Site, x: Array, ctx: Context) -> Array:
+    visits = _visits.get()
+    if visits is not None:
+        visits.append(site.info)
+    delta = module.get_variable("peft", "delta")
+    return site(x) if delta is None else delta(site, x, ctx)
+
+
+class Dense(nn.Module):
+    """A linear layer over the last axis, and a site."""
+
+    features: int
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    segments: Segments | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b n"], ctx: Context) -> Float[Array, "*b m"]:
+        """(..., in) -> (..., features) in `dtype`."""
+        kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32
+        )
+        bias = (
+            self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        )
+        info = SiteInfo("/".join(self.path), "dense", kernel.shape, self.segments)
+        site = Site(info, kernel, bias, self._linear)
+        return _call_site(self, site, x.astype(self.dtype), ctx)
+
+    def _linear(self, x: Array, kernel: Array, bias: Array | None) -> Array:
+        y = x @ kernel.astype(self.dtype)
+        return y if bias is None else y + bias.astype(self.dtype)
+
+
+class Conv(nn.Module):
+    """A 2-D convolution (NHWC, kernel HWIO, padding (k - 1) / 2 unless strided), and a site.
+
+    A kernel as large as its stride (patch embedding) takes no padding.
+    """
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], ctx: Context) -> Float[Array, "b oh ow d"]:
+        """(b, h, w, in) -> (b, h / stride, w / stride, features) in `dtype`."""
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
+        bias = (
+            self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        )
+        info = SiteInfo("/".join(self.path), "conv", shape)
+        return _call_site(self, Site(info, kernel, bias, self._conv), x.astype(self.dtype), ctx)
+
+    def _conv(self, x: Array, kernel: Array, bias: Array | None) -> Array:
+        pad = 0 if self.kernel_size == self.stride else (self.kernel_size - 1) // 2
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernel.astype(self.dtype),
+            (self.stride, self.stride),
+            ((pad, pad), (pad, pad)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y if bias is None else y + bias.astype(self.dtype)
+
+
+class DepthwiseConv(nn.Module):
+    """A depthwise k x k convolution without bias, written as k * k shifted products.
+
+    XLA's grouped convolution is several times slower than this on CPU, and the products fuse into
+    one memory-bound loop elsewhere.
+    """
+
+    kernel_size: int = 3
+    stride: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b oh ow c"]:
+        """(b, h, w, c) -> (b, h / stride, w / stride, c) in `dtype`; zero padding."""
+        k, s, channels = self.kernel_size, self.stride, x.shape[-1]
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (k, k, 1, channels))
+        kernel = kernel.astype(self.dtype)
+        pad = (k - 1) // 2
+        padded = jnp.pad(x.astype(self.dtype), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        height, width = (x.shape[1] - 1) // s + 1, (x.shape[2] - 1) // s + 1
+        shifted = (
+            padded[:, i : i + s * (height - 1) + 1 : s, j : j + s * (width - 1) + 1 : s]
+            * kernel[i, j, 0]
+            for i in range(k)
+            for j in range(k)
+        )
+        return sum(shifted, start=jnp.zeros((), self.dtype))
+
+
+class ConvTranspose2x2(nn.Module):
+    """torch's ConvTranspose2d(kernel_size=2, stride=2): blocks do not overlap, so it is a product.
+
+    The kernel is stored (2, 2, in, out) and unflipped: y[2i + a, 2j + b] = x[i, j] @ kernel[a, b].
+    """
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        """(b, h, w, in) -> (b, 2 h, 2 w, features) in `dtype`."""
+        b, h, w, c = x.shape
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (2, 2, c, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        y = jnp.einsum("bhwc,ijcd->bhiwjd", x.astype(self.dtype), kernel.astype(self.dtype))
+        return y.reshape(b, 2 * h, 2 * w, self.features) + bias.astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis in float32; also SAM's LayerNorm2d, since NHWC."""
+
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+        """(..., c) -> (..., c) in `dtype`."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        centred = x - x.mean(axis=-1, keepdims=True)
+        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.epsilon)
+        return (y * scale + bias).astype(self.dtype)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation in inference mode: its statistics are parameters that never train."""
+
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+        """(..., c) -> (..., c) in `dtype`."""
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        mean = self.param("mean", nn.initializers.zeros, shape)
+        var = self.param("var", nn.initializers.ones, shape)
+        factor = scale * jax.lax.rsqrt(var + self.epsilon)
+        return (x.astype(jnp.float32) * factor + (bias - mean * factor)).astype(self.dtype)
+
+
+class Embedding(nn.Module):
+    """A table of learnt vectors."""
+
+    num: int
+    features: int
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "n c"]:
+        """The whole table, (num, features)."""
+        return self.param("embedding", nn.initializers.normal(1.0), (self.num, self.features))
+
+
+def gelu(x: Array) -> Array:
+    """The exact GELU (erf), as in SAM; not the tanh approximation."""
+    return jax.nn.gelu(x, approximate=False)
