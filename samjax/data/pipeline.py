@@ -88,7 +88,9 @@ def train_batches(
         return {**prepared, "mask": mask, "index": np.int32(index)}
 
     # The random map comes after the repetition, so that an image is changed anew in every epoch.
-    positions = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    # As many epochs as leave every length of the chain an index-sized integer.
+    epochs = 2**62 // len(source)
+    positions = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(epochs)
     return positions.random_map(load).batch(batch_size)
 
 
@@ -96,11 +98,8 @@ def batches_from(
     dataset: grain.MapDataset, start: int, stop: int, num_threads: int = 2, buffer: int = 4
 ) -> Iterator[Batch]:
     """Elements start, ..., stop - 1 in order, read ahead by threads, at most `buffer` of them."""
-    if not 0 <= start <= stop <= len(dataset):
-        raise ValueError(
-            f"start and stop must satisfy 0 <= start <= stop <= {len(dataset)}, but are {start} and "
-            f"{stop}"
-        )
+    if not 0 <= start <= stop:
+        raise ValueError(f"start and stop must satisfy 0 <= start <= stop, not {start} and {stop}")
     if start == stop:
         return iter(())
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=buffer)

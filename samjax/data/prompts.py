@@ -138,7 +138,7 @@ def central_point(mask: Bool[np.ndarray, "h w"]) -> Float32[np.ndarray, "2"]:
     """
     x0, y0, x1, y1 = box_of(mask).astype(int)
     crop = mask[y0:y1, x0:x1]
-    sums = np.pad(crop.astype(np.int64), ((1, 0), (1, 0))).cumsum(axis=0).cumsum(axis=1)
+    sums = np.pad(crop.astype(np.int32), ((1, 0), (1, 0))).cumsum(axis=0).cumsum(axis=1)
 
     def corners_of_squares(side: int) -> np.ndarray:
         """(m, 2) upper left corners (row, column) of the squares of `side` inside the mask."""
@@ -185,11 +185,10 @@ def _check_points(
     if points is None:
         return np.zeros((0, 2)), np.zeros(0, np.int32)
     coords, kinds = np.asarray(points, np.float64), np.asarray(labels)
-    if coords.ndim != 2 or coords.shape[1] != 2 or not np.isfinite(coords).all():
-        raise ValueError(
-            f"points must be finite numbers of shape (k, 2), (x, y) each, but have shape "
-            f"{coords.shape}" + (" and are not finite" if not np.isfinite(coords).all() else "")
-        )
+    if coords.ndim != 2 or coords.shape[1] != 2:
+        raise ValueError(f"points must have shape (k, 2), (x, y) each, but have {coords.shape}")
+    if not np.isfinite(coords).all():
+        raise ValueError("points must be finite numbers")
     if kinds.shape != coords.shape[:1]:
         raise ValueError(
             f"labels must have shape ({len(coords)},), one for each point, but have shape "

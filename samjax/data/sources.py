@@ -137,8 +137,7 @@ def read_mask(file: Path) -> tuple[Bool[np.ndarray, "h w"], str | None]:
         is_lossy = image.format == "JPEG" and len(present) == 1
         return (values > 127 if is_lossy else values > 0), None
     if is_label_image or (image.format != "JPEG" and present[-1] <= 127):
-        notice = f"holds {len(present)} labels: every label above 0 becomes the object"
-        return values > 0, "is a label image and " + notice
+        return values > 0, "is a label image: every label above 0 becomes the object"
     return values > 127, "is not binary (lossy compression?): it is thresholded at > 127"
 
 
@@ -260,7 +259,7 @@ def _choose_split(
     root: Path, names: list[str], split: str, seed: int, fractions: tuple[float, float, float]
 ) -> list[str]:
     """The names of one split of a flat folder, sorted."""
-    if min(fractions) < 0 or abs(sum(fractions) - 1.0) > 1e-6:
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1.0) > 1e-6:
         raise ValueError(
             "fractions must be three shares that are not negative and sum to 1 "
             f"(train, validation, test), but are {fractions}"

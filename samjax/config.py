@@ -1,0 +1,159 @@
+"""One frozen dataclass that describes a whole run; an experiment file returns one.
+
+An experiment is a Python file with `config() -> Config`. Its docstring tells what it reproduces.
+It may also have `prepare(config, console)`, which fetches what the run needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+from samjax.data.augment import AugmentConfig
+from samjax.data.prompts import PromptConfig
+from samjax.peft.recipes import MethodConfig
+from samjax.training.step import OptimizerConfig
+
+_FLAT = tyro.conf.arg(name="")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A fine-tuning run: model, data, method, optimisation, evaluation."""
+
+    # A samjax checkpoint, or a .pth or .safetensors file that `samjax convert` reads.
+    weights: str = ""
+    # A folder of images and masks; see `samjax.data.sources.FolderSource` for its layouts.
+    data: str = ""
+    # What the weights must be, such as vit_b or vit_t; "auto" takes what they are.
+    model: str = "auto"
+    # Side of the model's square input in pixels; left out, the model's own.
+    image_size: int | None = None
+    # Shares of train, validation and test, where the data folder has no splits of its own.
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    method: Annotated[MethodConfig, _FLAT] = MethodConfig()
+    optimizer: Annotated[OptimizerConfig, _FLAT] = OptimizerConfig()
+    # The mixture of prompts in training: weights of no prompt, a jittered box, points.
+    prompts: PromptConfig = PromptConfig()
+    augment: AugmentConfig = AugmentConfig()
+    # The prompt in evaluation: none, or the truth's box, or its most central point.
+    eval_prompt: Literal["none", "box", "point"] = "none"
+    # Passes over the training split; `steps` takes precedence where it is given.
+    epochs: float = 10.0
+    # Optimiser steps in all.
+    steps: int | None = None
+    # Images a step.
+    batch_size: int = 4
+    # Parts that a batch is cut into to save memory; must divide batch_size.
+    accumulate: int = 1
+    eval_batch_size: int = 4
+    # Seed of splits, shuffling, augmentation, prompts, adapter initialisation and dropout.
+    seed: int = 0
+    # Compute dtype; parameters, softmax, norms and losses are float32 in either.
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Attention of the ViT's global blocks; chunked never holds all scores.
+    attention: Literal["chunked", "dense"] = "chunked"
+    # Steps between two lines of metrics.jsonl.
+    log_every: int = 10
+    # Steps between two checkpoints.
+    checkpoint_every: int = 100
+    # Test images in the gallery.
+    gallery: int = 6
+
+    def __post_init__(self) -> None:
+        for name in (
+            "batch_size",
+            "accumulate",
+            "eval_batch_size",
+            "log_every",
+            "checkpoint_every",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}"
+            )
+        if (self.steps is not None and self.steps < 1) or not self.epochs > 0 or self.gallery < 1:
+            raise ValueError("steps, epochs and gallery must be positive")
+
+    def num_steps(self, num_images: int) -> int:
+        """Optimiser steps for a training split of `num_images`."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, round(self.epochs * num_images / self.batch_size))
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict; `from_json` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Config:
+        """Rebuilds a config. Raises ValueError for what is no config of this version."""
+        parts = {
+            "method": MethodConfig,
+            "optimizer": OptimizerConfig,
+            "prompts": PromptConfig,
+            "augment": AugmentConfig,
+        }
+        try:
+            nested = {name: cls(**data[name]) for name, cls in parts.items()}
+            return Config(**{**data, **nested, "fractions": tuple(data["fractions"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a config of this samjax: {error}") from None
+
+
+def cache_dir() -> Path:
+    """Where downloads are kept: $SAMJAX_CACHE, or samjax/ in the user's cache folder."""
+    if "SAMJAX_CACHE" in os.environ:
+        return Path(os.environ["SAMJAX_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "samjax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """An experiment file: its docstring, its config, and what it does before a run."""
+
+    doc: str
+    config: Config
+    prepare: Callable[[Config, Console], None]
+
+
+def load_experiment(path: str | Path) -> Experiment:
+    """Runs an experiment file. Raises FileNotFoundError, or ValueError for one without `config`."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no experiment file at {path}")
+    spec = importlib.util.spec_from_file_location(f"samjax_experiment_{path.stem}", path)
+    if path.suffix != ".py" or spec is None or spec.loader is None:
+        raise ValueError(f"{path} is no Python file; an experiment defines config() -> Config")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    if not hasattr(module, "config"):
+        raise ValueError(f"{path} defines no function config() -> samjax.config.Config")
+    return Experiment(
+        (module.__doc__ or "").strip(),
+        module.config(),
+        getattr(module, "prepare", lambda config, console: None),
+    )
+
+
+def read_run_config(run: Path) -> Config:
+    """The config of a run folder. Raises ValueError where it is none."""
+    file = run / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{run} is no run folder: it has no config.json")
+    try:
+        return Config.from_json(json.loads(file.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None

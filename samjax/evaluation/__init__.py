@@ -1,0 +1,1 @@
+"""Metrics, and the jitted evaluation that measures them over a set."""

@@ -1,0 +1,109 @@
+"""Measures a model over a set: jitted, at each image's own resolution, with one row per image."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from samjax.evaluation.metrics import overlap
+from samjax.files import write_beside
+from samjax.models import Prompts, Sam
+from samjax.preprocess import MASK_THRESHOLD, unpad_matrix
+
+# Truths of one batch are padded to a multiple of this, so that few shapes are compiled.
+_BUCKET = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Metrics of every image, in order, and their means over the set."""
+
+    names: tuple[str, ...]
+    per_image: dict[str, np.ndarray]
+
+    @property
+    def mean(self) -> dict[str, float]:
+        """Each metric's mean over images."""
+        return {key: float(np.mean(values)) for key, values in self.per_image.items()}
+
+    def write_csv(self, path: Path) -> None:
+        """One row per image: its name, then each metric."""
+        with write_beside(path) as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["name", *self.per_image])
+            columns = [[f"{v:.6f}" for v in values] for values in self.per_image.values()]
+            writer.writerows(zip(self.names, *columns, strict=True))
+
+    @staticmethod
+    def read_csv(path: Path) -> Evaluation:
+        """The inverse of `write_csv`, up to the six decimals written."""
+        with open(path, newline="") as file:
+            header, *rows = csv.reader(file)
+        columns = list(zip(*rows, strict=True))
+        values = zip(header[1:], columns[1:], strict=True)
+        return Evaluation(columns[0], {k: np.array(v, np.float64) for k, v in values})
+
+
+def make_eval_step(model: Sam) -> Callable[..., tuple[dict[str, Any], Any]]:
+    """`step(variables, batch, rows, columns, truth) -> (metrics per image, masks)`, compiled.
+
+    `rows` (b, h, l) and `columns` (b, w, l) are the post-processing matrices of each image, zero
+    where it is smaller than (h, w); `truth` (b, h, w) is False there.
+    """
+
+    def step(variables: Any, batch: Any, rows: Any, columns: Any, truth: Any) -> Any:
+        prompts = Prompts(batch["coords"], batch["labels"])
+        logits, _ = model.apply(variables, batch["image"], batch["input_size"], prompts)
+        full = jnp.einsum("bih,bhw,bjw->bij", rows, logits[:, 0], columns, precision="highest")
+        masks = full > MASK_THRESHOLD
+        return overlap(masks, truth), masks
+
+    return jax.jit(step)
+
+
+def evaluate(
+    step: Callable[..., tuple[dict[str, Any], Any]],
+    model: Sam,
+    variables: Any,
+    batches: Iterator[dict[str, Any]],
+    on_batch: Callable[[dict[str, Any], np.ndarray], None] = lambda batch, masks: None,
+) -> Evaluation:
+    """Runs `make_eval_step`'s step over `samjax.data.pipeline.eval_batches`.
+
+    `on_batch(batch, masks)` sees each batch with its predicted masks (b, h, w), padded below and to
+    the right to a common size.
+    """
+    names: list[str] = []
+    collected: dict[str, list[np.ndarray]] = {}
+    for batch in batches:
+        inputs = {key: batch[key] for key in ("image", "input_size", "coords", "labels")}
+        metrics, masks = step(variables, inputs, *_postprocessing(model, batch))
+        valid = batch["valid"]
+        names += [name for name, use in zip(batch["names"], valid, strict=True) if use]
+        for key, values in metrics.items():
+            collected.setdefault(key, []).append(np.asarray(values)[valid])
+        on_batch(batch, np.asarray(masks))
+    return Evaluation(tuple(names), {k: np.concatenate(v) for k, v in collected.items()})
+
+
+def _postprocessing(model: Sam, batch: dict[str, Any]) -> tuple[np.ndarray, ...]:
+    sizes = [truth.shape for truth in batch["truth"]]
+    height, width = (-(-max(side) // _BUCKET) * _BUCKET for side in zip(*sizes, strict=True))
+    image_size = model.config.image_size
+    low = 4 * image_size // model.config.image_encoder.patch_size
+    rows = np.zeros((len(sizes), height, low), np.float32)
+    columns = np.zeros((len(sizes), width, low), np.float32)
+    truth = np.zeros((len(sizes), height, width), bool)
+    for i, (h, w) in enumerate(sizes):
+        input_height, input_width = (int(side) for side in batch["input_size"][i])
+        rows[i, :h] = unpad_matrix(low, image_size, input_height, h)
+        columns[i, :w] = unpad_matrix(low, image_size, input_width, w)
+        truth[i, :h, :w] = batch["truth"][i]
+    return rows, columns, truth

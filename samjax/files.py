@@ -1,0 +1,26 @@
+"""Files that are either whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def write_beside(destination: Path) -> Iterator[Path]:
+    """Yields a path next to `destination`; what was written there takes its place at the end.
+
+    Works for a file and for a folder that does not exist yet. On any error nothing is left.
+    """
+    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, destination)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,46 @@
+"""PEFT methods as functions from trees to trees."""
+
+from samjax.peft.delta import Delta, NotMergeable
+from samjax.peft.io import Adapter, apply, load, read, save
+from samjax.peft.lora import LoRA
+from samjax.peft.recipes import RECIPES, MethodConfig
+from samjax.peft.report import Report, report
+from samjax.peft.spec import (
+    Freeze,
+    PeftSpec,
+    Rule,
+    Train,
+    attach,
+    check_sites,
+    combine,
+    groups,
+    merge,
+    partition,
+    trainable,
+)
+
+__all__ = [
+    "RECIPES",
+    "Adapter",
+    "Delta",
+    "Freeze",
+    "LoRA",
+    "MethodConfig",
+    "NotMergeable",
+    "PeftSpec",
+    "Report",
+    "Rule",
+    "Train",
+    "apply",
+    "attach",
+    "check_sites",
+    "combine",
+    "groups",
+    "load",
+    "merge",
+    "partition",
+    "read",
+    "report",
+    "save",
+    "trainable",
+]

@@ -1,0 +1,178 @@
+"""Adapter files: every trained leaf, in one safetensors file that knows its base.
+
+The header holds a JSON record: schema, method, spec, model, hash of the base weights, hash of the
+tensors, and what the adapter was trained on. Nothing in the file is ever executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from samjax.files import write_beside
+from samjax.models.configs import SamConfig
+from samjax.models.sam import Sam
+from samjax.peft.spec import PeftSpec, attach, check_sites, partition, trainable
+from samjax.weights import params_sha256
+
+SCHEMA = 1
+_KEY = "samjax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What an adapter file holds."""
+
+    spec: PeftSpec
+    # The model it was trained in, at the input size it was trained at.
+    config: SamConfig
+    base_sha256: str
+    # Flat: "params/..." for leaves of the model, "peft/..." for those of records.
+    tensors: dict[str, np.ndarray]
+    # What else the file says: method, training prompts, ...
+    metadata: dict[str, Any]
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of the records."""
+        return sum(v.nbytes for k, v in self.tensors.items() if k.startswith("peft/"))
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of the model's own leaves, such as a trained mask decoder."""
+        return sum(v.nbytes for k, v in self.tensors.items() if k.startswith("params/"))
+
+
+def save(
+    path: str | Path,
+    spec: PeftSpec,
+    model: Sam,
+    variables: Any,
+    base_sha256: str,
+    metadata: dict[str, Any] | None = None,
+) -> Adapter:
+    """Writes every trained leaf of `variables` ({"params", "peft"}) and all of its records.
+
+    `base_sha256` is `samjax.weights.params_sha256` of the params before training. Raises
+    FileNotFoundError where the folder does not exist. An existing file is replaced, atomically.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
+    trained, _ = partition(variables["params"], trainable(spec, model, variables)["params"])
+    tensors = {f"params/{k}": v for k, v in _flatten(trained).items() if v is not None}
+    tensors |= {f"peft/{k}": v for k, v in _flatten(variables["peft"]).items()}
+    tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
+    record = {
+        "schema": SCHEMA,
+        "spec": spec.to_json(),
+        "model": model.config.to_json(),
+        "base_sha256": base_sha256,
+        "tensors_sha256": params_sha256(tensors),
+        "metadata": metadata or {},
+    }
+    with write_beside(path) as temporary:
+        save_file(tensors, temporary, {_KEY: json.dumps(record, sort_keys=True)})
+    return Adapter(spec, model.config, base_sha256, tensors, metadata or {})
+
+
+def read(path: str | Path) -> Adapter:
+    """Reads an adapter file without a model.
+
+    Raises FileNotFoundError, or ValueError with one sentence for a file that is no adapter, is
+    damaged, or was written by a newer samjax.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter file at {path}")
+    try:
+        with safe_open(path, "numpy") as file:
+            record = json.loads((file.metadata() or {}).get(_KEY, "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError, ValueError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged or no adapter file: {error}") from None
+    if not isinstance(record, dict) or "schema" not in record:
+        raise ValueError(
+            f"{path} is no samjax adapter (it lacks the 'samjax' header); adapters are written by "
+            "`samjax train`, and weights are passed with --weights"
+        )
+    if record["schema"] != SCHEMA:
+        raise ValueError(
+            f"{path} has adapter schema {record['schema']}, and this samjax reads {SCHEMA}; "
+            "install a newer samjax"
+        )
+    try:
+        adapter = Adapter(
+            PeftSpec.from_json(record["spec"]),
+            SamConfig.from_json(record["model"]),
+            str(record["base_sha256"]),
+            tensors,
+            dict(record["metadata"]),
+        )
+        recorded = record["tensors_sha256"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"the header of {path} cannot be read: {error}") from None
+    if params_sha256(tensors) != recorded:
+        raise ValueError(f"{path} is damaged: its tensors differ from the hash in its header")
+    return adapter
+
+
+def apply(adapter: Adapter, model: Sam, params: Any, name: str = "the adapter") -> tuple[Any, Any]:
+    """`(params, peft)` of the trained model: the base with the adapter's leaves in place.
+
+    Raises ValueError where the adapter belongs to another architecture or to other weights.
+    """
+    ours, theirs = (dataclasses.replace(c, image_size=0) for c in (model.config, adapter.config))
+    if ours != theirs:
+        raise ValueError(f"{name} was trained in {theirs.name}, and these weights are {ours.name}")
+    base = params_sha256(params)
+    if base != adapter.base_sha256:
+        raise ValueError(
+            f"{name} was trained on other weights (sha256 {adapter.base_sha256[:12]}…, these are "
+            f"{base[:12]}…); pass the weights that it was trained on"
+        )
+    shapes = jax.eval_shape(lambda p: attach(adapter.spec, model, p, jax.random.key(0)), params)
+    flat_params = {"/".join(k): v for k, v in flatten_dict(params).items()}
+    mask = trainable(adapter.spec, model, {"params": params, "peft": shapes})["params"]
+    trained = {"/".join(k) for k, v in flatten_dict(mask).items() if v}
+    expected = {f"params/{k}": flat_params[k] for k in trained}
+    expected |= {f"peft/{k}": v for k, v in _flatten(shapes).items()}
+    for key in sorted(expected.keys() | adapter.tensors.keys()):
+        have, want = adapter.tensors.get(key), expected.get(key)
+        if have is None or want is None:
+            state = "lacks" if have is None else "has a tensor that its spec does not name,"
+            raise ValueError(f"{name} {state} {key}; it cannot be used")
+        if have.shape != want.shape or have.dtype != want.dtype:
+            raise ValueError(
+                f"{name}: {key} is {have.dtype}{list(have.shape)}, expected "
+                f"{want.dtype}{list(want.shape)}"
+            )
+    flat_params |= {k: adapter.tensors[f"params/{k}"] for k in trained}
+    new_params = unflatten_dict({tuple(k.split("/")): v for k, v in flat_params.items()})
+    leaves = [adapter.tensors[f"peft/{k}"] for k in _flatten(shapes)]
+    peft = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    check_sites(model, new_params, peft)
+    return new_params, peft
+
+
+def load(path: str | Path, model: Sam, params: Any) -> tuple[Any, Any]:
+    """`read`, then `apply`: `(params, peft)` of the trained model."""
+    return apply(read(path), model, params, str(path))
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """Leaves by path, in the order of `jax.tree.leaves`; fields of records are path components."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
+    return {"/".join(_name(part) for part in path): leaf for path, leaf in leaves}
+
+
+def _name(part: Any) -> str:
+    return str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))

@@ -1,0 +1,111 @@
+"""The work of `samjax predict`: an image file in, mask files out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from samjax import peft as peft_lib
+from samjax.data.sources import read_image
+from samjax.files import write_beside
+from samjax.models import Sam
+from samjax.predictor import SamPredictor
+from samjax.viz import overlay, save_png
+from samjax.weights import read_weights
+
+
+def predict_files(
+    image_path: Path,
+    weights: str,
+    out: Path,
+    *,
+    adapter: Path | None = None,
+    points: Sequence[Sequence[float]] = (),
+    boxes: Sequence[Sequence[float]] = (),
+    multimask: bool = False,
+    image_size: int | None = None,
+    save_logits: bool = False,
+    console: Console,
+) -> dict[str, Any]:
+    """Writes mask_PROMPT_MASK.png, overlay.png and, on request, logits.npz into `out`.
+
+    Raises FileNotFoundError, or ValueError with one sentence, before anything is written.
+    """
+    if len(boxes) > 1 and points:
+        raise ValueError(
+            f"{len(boxes)} boxes are {len(boxes)} prompts, and points beside them would belong to "
+            "none: give the points with one box, or the boxes alone"
+        )
+    if not image_path.is_file():
+        raise FileNotFoundError(f"no image file at {image_path}")
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; choose a folder with --out")
+    image = read_image(image_path)
+    predictor = open_predictor(weights, adapter, image_size, console)
+    predictor.set_image(image)
+    masks, iou, low_res = _predict(predictor, points, boxes, multimask)
+
+    out.mkdir(parents=True, exist_ok=True)
+    files = []
+    for i, prompt_masks in enumerate(masks):
+        for j, mask in enumerate(prompt_masks):
+            files.append(str(out / f"mask_{i}_{j}.png"))
+            save_png(Image.fromarray(mask.astype(np.uint8) * 255), Path(files[-1]))
+    picture = image
+    for prompt_masks, scores in zip(masks, iou, strict=True):
+        picture = overlay(picture, prompt_masks[int(np.argmax(scores))])
+    save_png(Image.fromarray(picture), out / "overlay.png")
+    result: dict[str, Any] = {
+        "masks": files,
+        "iou_predictions": [[float(v) for v in row] for row in iou],
+        "overlay": str(out / "overlay.png"),
+    }
+    if save_logits:
+        result["logits"] = str(out / "logits.npz")
+        with write_beside(out / "logits.npz") as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(
+                file,
+                low_res_logits=low_res,
+                iou_predictions=iou,
+                image_embeddings=predictor.get_image_embedding(),
+            )
+    return result
+
+
+def open_predictor(
+    weights: str, adapter: Path | None, image_size: int | None, console: Console
+) -> SamPredictor:
+    """A predictor with an adapter in place; its input size is the adapter's unless one is given."""
+    config, params = read_weights(weights)
+    if adapter is None:
+        return SamPredictor(Sam(config.with_image_size(image_size)), params)
+    file = peft_lib.read(adapter)
+    model = Sam(config.with_image_size(image_size or file.config.image_size))
+    params, records = peft_lib.apply(file, model, params, str(adapter))
+    console.print(f"{adapter}: {file.metadata.get('method', 'adapter')} for {config.name}")
+    return SamPredictor(model, params, records)
+
+
+def _predict(
+    predictor: SamPredictor,
+    points: Sequence[Sequence[float]],
+    boxes: Sequence[Sequence[float]],
+    multimask: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(prompts, masks, ...) arrays, whatever the number of prompts."""
+    if len(boxes) > 1:
+        return predictor.predict_boxes(np.array(boxes), multimask)
+    table = np.array(points).reshape(-1, 3)
+    one = predictor.predict(
+        point_coords=table[:, :2] if points else None,
+        point_labels=table[:, 2] if points else None,
+        box=np.array(boxes[0]) if boxes else None,
+        multimask_output=multimask,
+    )
+    masks, iou, low_res = one
+    return masks[None], iou[None], low_res[None]

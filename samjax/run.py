@@ -1,0 +1,175 @@
+"""A whole run in a folder: evaluate, train, evaluate again, and leave what a user takes away.
+
+config.json          the run's config
+metrics.jsonl        one line every few steps
+checkpoints/         trained leaves and optimiser state, for --resume
+eval_before.csv, eval_after.csv   Dice and IoU of each test image
+adapter.safetensors  every trained leaf
+gallery.png          image, truth, before, after
+summary.json         what `samjax train --json` prints
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from samjax import peft as peft_lib
+from samjax.config import Config, read_run_config
+from samjax.data.pipeline import eval_batches
+from samjax.data.sources import FolderSource, Source
+from samjax.evaluation.evaluate import Evaluation, evaluate, make_eval_step
+from samjax.evaluation.gallery import draw_gallery
+from samjax.files import write_beside
+from samjax.models import MODELS, Sam
+from samjax.progress import progress_bar
+from samjax.training.loop import fit
+from samjax.viz import save_png
+from samjax.weights import params_sha256, read_weights
+
+ADAPTER = "adapter.safetensors"
+
+
+def open_source(config: Config, split: str) -> FolderSource:
+    """One split of the run's data. Raises ValueError where it cannot be used."""
+    if not config.data:
+        raise ValueError("no data: pass --data FOLDER, a folder of images and masks")
+    return FolderSource(config.data, split, seed=config.seed, fractions=config.fractions)
+
+
+def open_model(config: Config) -> tuple[Sam, Any]:
+    """The run's model and base parameters. Raises ValueError where they are not what it asks."""
+    if not config.weights:
+        raise ValueError("no weights: pass --weights FILE, a SAM checkpoint")
+    if config.model != "auto" and config.model not in MODELS:
+        raise ValueError(f"unknown model {config.model!r}; known are auto, {', '.join(MODELS)}")
+    sam_config, params = read_weights(config.weights)
+    if config.model not in ("auto", sam_config.name):
+        raise ValueError(
+            f"{config.weights} holds {sam_config.name}, but the run asks for {config.model}; pass "
+            f"--model {sam_config.name} or other weights"
+        )
+    sam_config = sam_config.with_image_size(config.image_size)
+    return Sam(sam_config, config.attention, jnp.dtype(config.dtype)), params
+
+
+def evaluate_source(
+    config: Config, model: Sam, variables: Any, source: Source, console: Console, title: str
+) -> Evaluation:
+    """Evaluates a model over a source with the run's evaluation prompt, showing progress."""
+    batches = eval_batches(
+        source,
+        image_size=model.config.image_size,
+        batch_size=config.eval_batch_size,
+        prompts_for=config.eval_prompt,
+    )
+    with progress_bar(console) as bar:
+        task = bar.add_task(title, total=len(source), note="")
+
+        def advance(batch: dict[str, Any], masks: np.ndarray) -> None:
+            bar.advance(task, int(batch["valid"].sum()))
+
+        return evaluate(make_eval_step(model), model, variables, batches, advance)
+
+
+def evaluate_run(run: Path, split: str, console: Console) -> Evaluation:
+    """Evaluates a finished run's model on one split of its data."""
+    config = read_run_config(run)
+    source = open_source(config, split)
+    model, params = open_model(config)
+    params, adapter = peft_lib.load(run / ADAPTER, model, params)
+    variables = jax.device_put({"params": params, "peft": adapter})
+    return evaluate_source(config, model, variables, source, console, f"evaluating {split}")
+
+
+def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[str, Any]:
+    """Runs `config` in the folder `out` and returns the summary.
+
+    What can be checked is checked before anything is written. Raises FileExistsError for a folder
+    in use without `resume`, ValueError for a config that cannot be, and
+    `samjax.training.loop.Interrupted` when the user stops the run: its state is saved.
+    """
+    check_out(config, out, resume)
+    if resume and (out / "summary.json").is_file():
+        console.print(f"{out} is finished already")
+        return json.loads((out / "summary.json").read_text())
+    spec = config.method.spec()
+    train_source, test_source = open_source(config, "train"), open_source(config, "test")
+    model, params = open_model(config)
+    console.print(f"{model.config.name} at {model.config.image_size} px, {config.weights}")
+    console.print(str(peft_lib.report(spec, model)))
+    console.print(f"{len(train_source)} training and {len(test_source)} test images, {config.data}")
+    base_sha256 = params_sha256(params)
+    adapters = peft_lib.attach(spec, model, params, jax.random.key(config.seed))
+    base = jax.device_put({"params": params, "peft": adapters})
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(out / "config.json", config.to_json())
+
+    def evaluation(variables: Any, when: str) -> Evaluation:
+        """Evaluates on the test split, or reads what an interrupted run has evaluated already."""
+        path = out / f"eval_{when}.csv"
+        if not path.is_file():
+            title = f"evaluating {when}"
+            result = evaluate_source(config, model, variables, test_source, console, title)
+            result.write_csv(path)
+        result = Evaluation.read_csv(path)
+        console.print(f"test {when}: " + ", ".join(f"{k} {v:.4f}" for k, v in result.mean.items()))
+        return result
+
+    before = evaluation(base, "before")
+    variables, seconds_per_step = fit(config, model, spec, base, train_source, out, console)
+    after = evaluation(variables, "after")
+
+    metadata = {
+        "method": config.method.method,
+        "trained_prompts": dataclasses.asdict(config.prompts),
+        "eval_prompt": config.eval_prompt,
+        "steps": config.num_steps(len(train_source)),
+    }
+    adapter = peft_lib.save(out / ADAPTER, spec, model, variables, base_sha256, metadata)
+    picture = out / "gallery.png"
+    versions = {"before": base, "after": variables}
+    save_png(draw_gallery(config, model, versions, test_source), picture)
+    summary = {
+        "before": before.mean,
+        "after": after.mean,
+        "adapter": str(out / ADAPTER),
+        "adapter_bytes": adapter.adapter_bytes,
+        "model_bytes": adapter.model_bytes,
+        "gallery": str(picture),
+        "steps": metadata["steps"],
+        "seconds_per_step": seconds_per_step,
+    }
+    _write_json(out / "summary.json", summary)
+    return summary
+
+
+def check_out(config: Config, out: Path, resume: bool) -> None:
+    """Raises where `out` cannot take this run: in use, or resumed with another config."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; choose a folder with --out")
+    if not resume:
+        if out.is_dir() and any(out.iterdir()):
+            raise FileExistsError(f"{out} is not empty; pass --resume to go on, or another --out")
+        return
+    if not (out / "config.json").is_file():
+        raise ValueError(f"nothing to resume: {out} holds no run; leave out --resume to start one")
+    old, new = read_run_config(out).to_json(), config.to_json()
+    differ = [key for key in new if old[key] != new[key]]
+    if differ:
+        raise ValueError(
+            f"cannot resume {out} with another config: {differ[0]} was {old[differ[0]]!r} and is "
+            f"now {new[differ[0]]!r}"
+        )
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    with write_beside(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""Losses, the jitted step, checkpoints and the loop around them."""

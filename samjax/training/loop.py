@@ -1,0 +1,131 @@
+"""The training loop: steps, logs, checkpoints; interruptible, and resumed to the bit."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from samjax import peft as peft_lib
+from samjax.config import Config
+from samjax.data.pipeline import batches_from, train_batches
+from samjax.data.sources import Source
+from samjax.files import write_beside
+from samjax.models import Sam
+from samjax.progress import progress_bar
+from samjax.training.checkpoint import Checkpoints
+from samjax.training.step import init_state, make_optimizer, make_train_step, trained_labels
+
+MODEL_INPUTS = ("image", "input_size", "mask", "coords", "labels")
+
+
+class Interrupted(RuntimeError):
+    """The user stopped a run; the message says how to go on."""
+
+
+def fit(
+    config: Config,
+    model: Sam,
+    spec: peft_lib.PeftSpec,
+    base: Any,
+    source: Source,
+    out: Path,
+    console: Console,
+) -> tuple[Any, float | None]:
+    """Trains `base` ({"params", "peft"}) from the newest checkpoint in `out`, or from the start.
+
+    Batch i is a function of the seed and i alone and so is its randomness: a run that was killed
+    and resumed ends bit-equal to one that was not. Returns the trained variables and the median
+    seconds a step took (None where no interval was timed). Raises Interrupted on Ctrl-C, after
+    saving.
+    """
+    steps = config.num_steps(len(source))
+    train_leaves, frozen = peft_lib.partition(base, peft_lib.trainable(spec, model, base))
+    labels = trained_labels(peft_lib.groups(spec, model, base))
+    optimizer = make_optimizer(config.optimizer, steps, labels)
+    # Copied, since the step donates its state and `base` must survive it.
+    state = init_state(jax.tree.map(jnp.copy, train_leaves), optimizer)
+    checkpoints = Checkpoints(out / "checkpoints")
+    state = checkpoints.restore(state) or state
+    train_step = make_train_step(model, optimizer, seed=config.seed, accumulate=config.accumulate)
+    dataset = train_batches(
+        source,
+        image_size=model.config.image_size,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        prompts=config.prompts,
+        augment=config.augment,
+    )
+    start = int(state.step)
+    if start:
+        console.print(f"resuming after step {start}")
+    log = MetricsLog(out / "metrics.jsonl", start)
+    with progress_bar(console) as bar:
+        task = bar.add_task("training", total=steps, completed=start, note="")
+        try:
+            for step, batch in enumerate(batches_from(dataset, start, steps), start + 1):
+                state, logs = train_step(state, frozen, {k: batch[k] for k in MODEL_INPUTS})
+                if step == start + 1:
+                    jax.block_until_ready(logs)
+                    log.restart_clock(step)
+                bar.advance(task)
+                if step % config.log_every == 0 or step == steps:
+                    values = {key: float(value) for key, value in logs.items()}
+                    log.write(step, values)
+                    bar.update(task, note=f"loss {values['loss']:.4f}")
+                if step % config.checkpoint_every == 0 or step == steps:
+                    checkpoints.save(state)
+        except KeyboardInterrupt:
+            checkpoints.save(state)
+            raise Interrupted(
+                f"stopped after step {int(state.step)} of {steps}; the same command with --resume "
+                "goes on"
+            ) from None
+        finally:
+            checkpoints.close()
+    return peft_lib.combine(state.train, frozen), log.seconds_per_step()
+
+
+class MetricsLog:
+    """metrics.jsonl: one line every few steps, cut back to the step that a run resumes from."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        self._path = path
+        lines = path.read_text().splitlines() if path.is_file() else []
+        self._lines = [line for line in map(_parse, lines) if line and line["step"] <= start]
+        with write_beside(path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in self._lines))
+        self._last: tuple[int, float] | None = None
+
+    def restart_clock(self, step: int) -> None:
+        """Starts timing after `step`, whose time was mostly compilation."""
+        self._last = (step, time.perf_counter())
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends a line, with the seconds a step took since the last one."""
+        line = {"step": step, **values}
+        now = time.perf_counter()
+        if self._last is not None and step > self._last[0]:
+            line["seconds_per_step"] = (now - self._last[1]) / (step - self._last[0])
+        self._last = (step, now)
+        self._lines.append(line)
+        with open(self._path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def seconds_per_step(self) -> float | None:
+        """The median over all lines."""
+        times = [line["seconds_per_step"] for line in self._lines if "seconds_per_step" in line]
+        return statistics.median(times) if times else None
+
+
+def _parse(line: str) -> dict[str, float] | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None  # cut in mid-write by a kill

@@ -1,0 +1,136 @@
+"""The training step: a pure function of the trained leaves, differentiated in them alone.
+
+Frozen leaves are arguments of the compiled step, never closures, and no gradient and no optimiser
+state exists for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from samjax.models import Prompts, Sam
+from samjax.nn import Context
+from samjax.peft.delta import BUFFER, FROZEN
+from samjax.peft.spec import combine
+from samjax.preprocess import inside
+from samjax.training.losses import mask_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay to zero, after a clip of the global norm."""
+
+    # Peak learning rate of adapters.
+    learning_rate: float = 1e-3
+    # Peak learning rate of the mask decoder; left out, the same.
+    decoder_learning_rate: float | None = None
+    weight_decay: float = 1e-4
+    # Share of all steps over which the learning rate rises from zero.
+    warmup: float = 0.05
+    # Largest global norm of the gradient of all trained leaves together.
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0 or not (self.decoder_learning_rate or 1) > 0:
+            raise ValueError("learning_rate and decoder_learning_rate must be positive")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is a share of all steps in [0, 1), not {self.warmup}")
+        if not self.clip > 0 or self.weight_decay < 0:
+            raise ValueError("clip must be positive and weight_decay not negative")
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int, labels: Any
+) -> optax.GradientTransformation:
+    """The optimiser of the trained leaves; `labels` is their tree of group names."""
+
+    def adamw(peak: float) -> optax.GradientTransformation:
+        warmup = min(steps - 1, max(1, round(config.warmup * steps))) if config.warmup else 0
+        schedule = optax.warmup_cosine_decay_schedule(
+            init_value=0.0 if warmup else peak,
+            peak_value=peak,
+            warmup_steps=warmup,
+            decay_steps=max(steps, 1),
+        )
+        return optax.adamw(schedule, weight_decay=config.weight_decay)
+
+    peaks = {"decoder": config.decoder_learning_rate or config.learning_rate}
+    present = set(jax.tree.leaves(labels))
+    by_group = {name: adamw(peaks.get(name, config.learning_rate)) for name in present}
+    return optax.chain(optax.clip_by_global_norm(config.clip), optax.partition(by_group, labels))
+
+
+def trained_labels(groups: Any) -> Any:
+    """Group names of the trained leaves, with None where a leaf is frozen or a buffer."""
+    return jax.tree.map(lambda g: None if g in (FROZEN, BUFFER) else g, groups)
+
+
+@struct.dataclass
+class TrainState:
+    """What a step changes: all of it is saved in a checkpoint."""
+
+    step: Any  # () int32, steps done
+    train: Any  # trained leaves of {"params", "peft"}; None elsewhere
+    opt_state: Any
+
+
+def init_state(train: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), train, optimizer.init(train))
+
+
+def make_train_step(
+    model: Sam, optimizer: optax.GradientTransformation, *, seed: int = 0, accumulate: int = 1
+) -> Callable[[TrainState, Any, dict[str, Any]], tuple[TrainState, dict[str, Any]]]:
+    """`step(state, frozen, batch) -> (state, logs)`, compiled; the old state's buffers are reused.
+
+    `batch`: image (b, s, s, 3) uint8, input_size (b, 2), mask (b, s, s) bool, coords (b, n, 2) and
+    labels (b, n) of `Prompts`. With `accumulate` k the batch is cut into k parts whose gradients
+    are averaged before one update: the memory of b / k images. `logs` are float32 scalars.
+    """
+
+    def loss_fn(train: Any, frozen: Any, batch: dict[str, Any], rng: Any) -> Any:
+        variables = combine(train, frozen)
+        prompts = Prompts(batch["coords"], batch["labels"])
+        logits, iou = model.apply(
+            variables, batch["image"], batch["input_size"], prompts, Context(rng=rng)
+        )
+        valid = inside(batch["input_size"], *batch["mask"].shape[1:])
+        return mask_loss(logits[:, 0], iou[:, 0], batch["mask"], valid)
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def gradients(train: Any, frozen: Any, batch: dict[str, Any], rng: Any) -> Any:
+        if accumulate == 1:
+            return grad_fn(train, frozen, batch, rng)
+        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        keys = jax.random.split(rng, accumulate)
+
+        def body(total: Any, part: Any) -> tuple[Any, None]:
+            out = grad_fn(train, frozen, part[0], part[1])
+            return jax.tree.map(jnp.add, total, out), None
+
+        first = jax.tree.map(lambda x: x[0], (parts, keys))
+        zero = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype),
+            jax.eval_shape(grad_fn, train, frozen, first[0], first[1]),
+        )
+        total, _ = jax.lax.scan(body, zero, (parts, keys))
+        return jax.tree.map(lambda x: x / accumulate, total)
+
+    def step(state: TrainState, frozen: Any, batch: dict[str, Any]) -> tuple[TrainState, Any]:
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        (loss, terms), grads = gradients(state.train, frozen, batch, rng)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.train)
+        train = optax.apply_updates(state.train, updates)
+        logs = {"loss": loss, **terms, "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, train, opt_state), logs
+
+    return jax.jit(step, donate_argnums=0)

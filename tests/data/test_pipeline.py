@@ -1,0 +1,216 @@
+"""The streams: element i is the batch of step i, epochs reshuffle, evaluation keeps the order."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from samjax.data.augment import NO_AUGMENTATION, AugmentConfig
+from samjax.data.pipeline import (
+    batches_from,
+    eval_batches,
+    prepare_mask,
+    train_batches,
+)
+from samjax.data.prompts import PromptConfig, box_of, central_point
+from samjax.data.sources import FolderSource, Sample
+from samjax.preprocess import prepare_image
+
+COUNT = 7
+PROMPTS = PromptConfig(none=1.0, box=1.0, points=1.0)
+
+
+class ListSource:
+    """Samples in memory, of various sizes; the last one's mask is empty."""
+
+    def __init__(self, count=COUNT):
+        rng = np.random.default_rng(0)
+        self.samples = []
+        for i in range(count):
+            height, width = 30 + 3 * i, 44 - 2 * i
+            mask = np.zeros((height, width), bool)
+            if i < count - 1:
+                mask[5:20, 4 : 12 + i] = True
+            image = rng.integers(0, 256, (height, width, 3), np.uint8)
+            self.samples.append(Sample(f"s{i}", image, mask))
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return self.samples[index]
+
+
+def stream(source=None, seed=0, batch_size=2, augment=None, prompts=PROMPTS, image_size=32):
+    return train_batches(
+        source or ListSource(),
+        image_size=image_size,
+        batch_size=batch_size,
+        seed=seed,
+        prompts=prompts,
+        augment=augment or AugmentConfig(vertical_flip=True),
+    )
+
+
+def assert_equal(first, second):
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        np.testing.assert_array_equal(value, second[key], err_msg=key)
+
+
+def test_batches_have_static_shapes_and_dtypes():
+    dataset = stream(batch_size=3)
+    expected = {
+        "image": ((3, 32, 32, 3), np.uint8),
+        "input_size": ((3, 2), np.int32),
+        "mask": ((3, 32, 32), np.bool_),
+        "coords": ((3, PROMPTS.slots, 2), np.float32),
+        "labels": ((3, PROMPTS.slots), np.int32),
+        "index": ((3,), np.int32),
+    }
+    for i in range(6):
+        batch = dataset[i]
+        assert {k: (v.shape, v.dtype.type) for k, v in batch.items()} == expected
+        for image, mask, (height, width) in zip(
+            batch["image"], batch["mask"], batch["input_size"], strict=True
+        ):
+            assert max(height, width) == 32
+            assert not image[height:].any() and not image[:, width:].any()
+            assert not mask[height:].any() and not mask[:, width:].any()
+
+
+def test_every_epoch_is_another_permutation():
+    dataset = stream(batch_size=1)
+    epochs = [[int(dataset[e * COUNT + i]["index"][0]) for i in range(COUNT)] for e in range(4)]
+    for order in epochs:
+        assert sorted(order) == list(range(COUNT))
+    assert len({tuple(order) for order in epochs}) > 1
+
+
+def test_augmentation_and_prompts_are_new_in_every_epoch():
+    dataset = stream(ListSource(1), batch_size=1, augment=AugmentConfig())
+    assert any(not np.array_equal(dataset[0]["image"], dataset[i]["image"]) for i in (1, 2))
+
+
+def test_element_i_depends_on_the_seed_and_i_alone():
+    first, second = stream(), stream()
+    backwards = {i: second[i] for i in (11, 5, 0, 3)}
+    for i in sorted(backwards):
+        assert_equal(first[i], backwards[i])
+    other = stream(seed=1)
+    assert any(not np.array_equal(first[i]["index"], other[i]["index"]) for i in range(4))
+
+
+def test_rows_do_not_depend_on_the_batch_size():
+    small, large = stream(batch_size=1), stream(batch_size=4)
+    rows = [small[i] for i in range(4, 8)]
+    assert_equal({k: np.concatenate([row[k] for row in rows]) for k in rows[0]}, large[1])
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_reading_ahead_keeps_order_and_values(start):
+    dataset = stream()
+    batches = list(batches_from(dataset, start, 12, num_threads=3, buffer=2))
+    assert len(batches) == 12 - start
+    for i, batch in enumerate(batches, start):
+        assert_equal(batch, dataset[i])
+
+
+def test_reading_far_into_the_stream():
+    dataset = stream()
+    (batch,) = batches_from(dataset, 10**7, 10**7 + 1)
+    assert_equal(batch, dataset[10**7])
+    assert list(batches_from(dataset, 3, 3)) == []
+    with pytest.raises(ValueError, match="start"):
+        batches_from(dataset, 3, 2)
+
+
+def test_without_augmentation_the_batch_is_the_prepared_sample():
+    source = ListSource()
+    dataset = stream(
+        source, augment=NO_AUGMENTATION, prompts=PromptConfig(none=0.0, box=1.0, box_jitter=0.0)
+    )
+    for i in range(4):
+        batch = dataset[i]
+        for row, index in enumerate(batch["index"]):
+            sample = source[index]
+            image, input_size = prepare_image(sample.image, 32)
+            np.testing.assert_array_equal(batch["image"][row], image)
+            np.testing.assert_array_equal(batch["input_size"][row], input_size)
+            np.testing.assert_array_equal(batch["mask"][row], prepare_mask(sample.mask, 32))
+            if sample.mask.any():
+                height, width = sample.mask.shape
+                scale = np.tile(input_size[::-1] / (width, height), 2)
+                np.testing.assert_allclose(
+                    batch["coords"][row].ravel(), box_of(sample.mask) * scale, rtol=1e-6
+                )
+                assert batch["labels"][row].tolist() == [2, 3]
+            else:
+                assert batch["labels"][row].tolist() == [-2, -2]
+
+
+def test_prepare_mask_resizes_like_the_image():
+    mask = np.zeros((8, 16), bool)
+    mask[2:6, 4:8] = True
+    large = np.zeros((32, 32), bool)
+    large[4:12, 8:16] = True
+    np.testing.assert_array_equal(prepare_mask(mask, 32), large)
+    np.testing.assert_array_equal(prepare_mask(large[:16], 16)[:8], mask)
+
+
+def test_no_prompts_have_no_slots():
+    assert stream(prompts=PromptConfig())[0]["coords"].shape == (2, 0, 2)
+
+
+@pytest.mark.parametrize(("kind", "slots"), [("none", 0), ("box", 2), ("point", 2)])
+def test_evaluation_keeps_the_order_and_fills_the_last_batch(kind, slots):
+    source = ListSource()
+    batches = list(eval_batches(source, image_size=32, batch_size=3, prompts_for=kind))
+    assert [batch["valid"].tolist() for batch in batches] == [
+        [True] * 3,
+        [True] * 3,
+        [True, False, False],
+    ]
+    names = [name for batch in batches for name in batch["names"]]
+    assert names == [f"s{i}" for i in range(COUNT)] + ["s6"] * 2
+    for number, batch in enumerate(batches):
+        assert batch["image"].shape == (3, 32, 32, 3) and batch["coords"].shape == (3, slots, 2)
+        assert batch["coords"].dtype == np.float32 and batch["labels"].dtype == np.int32
+        assert batch["original_size"].dtype == batch["input_size"].dtype == np.int32
+        for row in range(3):
+            sample = source[min(3 * number + row, COUNT - 1)]
+            np.testing.assert_array_equal(batch["truth"][row], sample.mask)
+            np.testing.assert_array_equal(batch["original_size"][row], sample.mask.shape)
+            np.testing.assert_array_equal(batch["image"][row], prepare_image(sample.image, 32)[0])
+            scale = batch["input_size"][row][::-1] / sample.mask.shape[::-1]
+            if not sample.mask.any():
+                assert batch["labels"][row].tolist() == [-2] * slots
+            elif kind == "box":
+                corners = box_of(sample.mask).reshape(2, 2) * scale
+                np.testing.assert_allclose(batch["coords"][row], corners, rtol=1e-6)
+                assert batch["labels"][row].tolist() == [2, 3]
+            elif kind == "point":
+                point = central_point(sample.mask) * scale
+                np.testing.assert_allclose(batch["coords"][row], [point, (0, 0)], rtol=1e-6)
+                assert batch["labels"][row].tolist() == [1, -1]
+
+
+def test_a_bad_file_is_named_through_the_threads(tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+        Image.fromarray(np.ones((8, 8), np.uint8)).save(tmp_path / kind / "good.png")
+    (tmp_path / "images" / "bad.png").write_bytes(b"not a picture")
+    Image.fromarray(np.ones((8, 8), np.uint8)).save(tmp_path / "masks" / "bad.png")
+    source = FolderSource(tmp_path, "train", fractions=(1.0, 0.0, 0.0))
+    with pytest.raises(ValueError, match=r"bad\.png cannot be decoded"):
+        list(eval_batches(source, image_size=8, batch_size=2, prompts_for="none"))
+    with pytest.raises(ValueError, match=r"bad\.png cannot be decoded"):
+        list(batches_from(stream(source, image_size=8), 0, 2))
+
+
+def test_nonsense_is_refused():
+    with pytest.raises(ValueError, match="batch_size"):
+        stream(batch_size=0)
+    with pytest.raises(ValueError, match="seed"):
+        stream(seed=-1)
+    with pytest.raises(ValueError, match="no samples"):
+        eval_batches(ListSource(0), image_size=8, batch_size=1, prompts_for="none")
