@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -17,15 +18,13 @@ class SamPredictor:
     """Holds one image's embedding and answers prompts on it.
 
     `model, params` come from `samjax.load`; `peft` is an adapter's tree or None. Arrays go in and
-    come out in the reference's layout. The encoder compiles once; the decoder once for each number
-    of prompts and each doubling of points.
+    come out in the reference's layout. The encoder compiles once for a model; the decoder once for
+    each number of prompts and each doubling of points.
     """
 
     def __init__(self, model: Sam, params: Any, peft: Any = None) -> None:
         self.model = model
         self._variables = jax.device_put({"params": params, "peft": peft or {}})
-        self._encode = jax.jit(lambda v, *args: model.apply(v, *args, method="encode"))
-        self._decode = jax.jit(lambda v, *args: model.apply(v, *args, method="decode"))
         self.reset_image()
 
     def reset_image(self) -> None:
@@ -45,7 +44,7 @@ class SamPredictor:
         if image_format == "BGR":
             array = array[..., ::-1]
         padded, input_size = preprocess.prepare_image(array, self.model.config.image_size)
-        self._embedding = self._encode(self._variables, padded[None], input_size[None])
+        self._embedding = _encode(self.model, self._variables, padded[None], input_size[None])
         self.original_size = (array.shape[0], array.shape[1])
 
     def get_image_embedding(self) -> np.ndarray:
@@ -114,7 +113,8 @@ class SamPredictor:
         padded = [pad_prompt(c, x, slots) for c, x in zip(coords, labels, strict=True)]
         coords, labels = (np.stack(parts) for parts in zip(*padded, strict=True))
         masks = None if mask_input is None else self._check_mask(mask_input)
-        logits, iou = self._decode(self._variables, self._embedding, Prompts(coords, labels, masks))
+        prompts = Prompts(coords, labels, masks)
+        logits, iou = _decode(self.model, self._variables, self._embedding, prompts)
         chosen = slice(1, None) if multimask_output else slice(0, 1)
         logits, iou = logits[:, chosen], iou[:, chosen]
         full = preprocess.postprocess_masks(logits, size, original_size)
@@ -135,6 +135,16 @@ class SamPredictor:
         if self.original_size is None:
             raise RuntimeError("call set_image(image) before predicting")
         return self.original_size
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(model: Sam, variables: Any, image: Any, input_size: Any) -> Any:
+    return model.apply(variables, image, input_size, method="encode")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(model: Sam, variables: Any, embedding: Any, prompts: Prompts) -> Any:
+    return model.apply(variables, embedding, prompts, method="decode")
 
 
 def check_inside(coords: np.ndarray, original_size: tuple[int, int]) -> None:

@@ -134,7 +134,9 @@ def _apply_separable(
 
 
 def postprocess_masks(
-    low_res_logits: Float[Array, "*n h w"], image_size: int, original_size: tuple[int, int]
+    low_res_logits: Float[Array | np.ndarray, "*n h w"],
+    image_size: int,
+    original_size: tuple[int, int],
 ) -> Float[Array, "*n oh ow"]:
     """Mask logits at the model's resolution -> float32 logits at `original_size` (height, width).
 

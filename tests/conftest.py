@@ -5,7 +5,13 @@ import sys
 import types
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from PIL import Image
+
+from samjax.models import Sam, SamConfig, VitConfig
+from weights_convert import from_params
 
 REPO = Path(__file__).resolve().parent.parent
 ASSETS = Path(os.environ.get("SAMJAX_TEST_ASSETS", REPO / "../shared"))
@@ -25,8 +31,111 @@ def asset():
 
 
 @pytest.fixture(scope="session")
+def small_config() -> SamConfig:
+    """A SAM of a few hundred kB with one block of windows and one of global attention."""
+    encoder = VitConfig(
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        global_attn_indexes=(1,),
+        window_size=4,
+        pretrain_grid=8,
+    )
+    return SamConfig(
+        name="small",
+        image_encoder=encoder,
+        image_size=128,
+        prompt_embed_dim=32,
+        decoder_mlp_dim=64,
+    )
+
+
+@pytest.fixture(scope="session")
+def small_model(small_config) -> Sam:
+    return Sam(small_config)
+
+
+@pytest.fixture(scope="session")
+def small_params(small_model):
+    """Numpy arrays. No leaf is all zeros or ones, as some are initialised: that hides mistakes.
+
+    Drawn here, since to compile `init_params` takes a quarter of a minute.
+    """
+    rng = np.random.default_rng(0)
+
+    def draw(path, shape) -> np.ndarray:
+        name = path[-1].key
+        if name == "kernel":
+            std = float(np.prod(shape.shape[:-1])) ** -0.5
+        else:
+            std = 0.1 if name in ("bias", "scale", "pos_embed", "rel_pos_h", "rel_pos_w") else 1.0
+        leaf = rng.normal(float(name == "scale"), std, shape.shape)
+        return leaf.astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, small_model.init_params_shapes())
+
+
+@pytest.fixture(scope="session")
+def torch_sam(segment_anything):
+    """`torch_sam(config, params)` is the original's model, of a ViT, with samjax's weights."""
+    import torch
+    from segment_anything import modeling
+
+    def build(config: SamConfig, params):
+        encoder, dim, side = config.image_encoder, config.prompt_embed_dim, config.image_size
+        grid = side // encoder.patch_size
+        model = modeling.Sam(
+            image_encoder=modeling.ImageEncoderViT(
+                depth=encoder.depth,
+                embed_dim=encoder.embed_dim,
+                img_size=side,
+                mlp_ratio=4,
+                norm_layer=lambda width: torch.nn.LayerNorm(width, eps=1e-6),
+                num_heads=encoder.num_heads,
+                patch_size=encoder.patch_size,
+                qkv_bias=True,
+                use_rel_pos=True,
+                global_attn_indexes=encoder.global_attn_indexes,
+                window_size=encoder.window_size,
+                out_chans=dim,
+            ),
+            prompt_encoder=modeling.PromptEncoder(
+                embed_dim=dim,
+                image_embedding_size=(grid, grid),
+                input_image_size=(side, side),
+                mask_in_chans=16,
+            ),
+            mask_decoder=modeling.MaskDecoder(
+                num_multimask_outputs=3,
+                transformer=modeling.TwoWayTransformer(
+                    depth=config.decoder_depth,
+                    embedding_dim=dim,
+                    mlp_dim=config.decoder_mlp_dim,
+                    num_heads=config.decoder_num_heads,
+                ),
+                transformer_dim=dim,
+                iou_head_depth=3,
+                iou_head_hidden_dim=256,
+            ),
+            pixel_mean=list(config.pixel_mean),
+            pixel_std=list(config.pixel_std),
+        )
+        tensors = {k: torch.from_numpy(v.copy()) for k, v in from_params(params, config).items()}
+        model.load_state_dict(tensors, strict=True)
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def small_torch(torch_sam, small_config, small_params):
+    """The original's model with the weights of `small_params`."""
+    return torch_sam(small_config, small_params)
+
+
+@pytest.fixture(scope="session")
 def segment_anything():
-    """The original package. It imports torchvision, of which the models need nothing."""
+    """The original package; where torchvision is missing, what it needs of it is stood in for."""
     pytest.importorskip("torch", reason="the original SAM needs torch")
     try:
         import torchvision  # noqa: F401
@@ -35,18 +144,27 @@ def segment_anything():
     return pytest.importorskip("segment_anything", reason="segment-anything is not installed")
 
 
+def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    height, width = size
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
 def _stub_torchvision() -> None:
     stubs = {
-        "torchvision": (),
-        "torchvision.ops": (),
-        "torchvision.ops.boxes": ("batched_nms", "box_area"),
-        "torchvision.transforms": (),
-        "torchvision.transforms.functional": ("resize", "to_pil_image"),
+        "torchvision": {},
+        "torchvision.ops": {},
+        # Of the automatic mask generator, which no test uses.
+        "torchvision.ops.boxes": {"batched_nms": None, "box_area": None},
+        "torchvision.transforms": {},
+        # As torchvision does for PIL images.
+        "torchvision.transforms.functional": {
+            "resize": _resize,
+            "to_pil_image": Image.fromarray,
+        },
     }
     for name, functions in stubs.items():
         module = sys.modules[name] = types.ModuleType(name)
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], child, module)
-        for function in functions:
-            setattr(module, function, None)
+        vars(module).update(functions)

@@ -165,14 +165,14 @@ class MaskDecoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        image_embeddings: Float[Array, "b h w c"],
+        image_embeddings: Float[Array, "e h w c"],
         image_pe: Float[Array, "h w c"],
         sparse: Float[Array, "b n c"],
         dense: Float[Array, "b h w c"],
         present: Bool[Array, "b n"],
         ctx: Context,
     ) -> tuple[Float[Array, "b m h4 w4"], Float[Array, "b m"]]:
-        """Logits (b, 4, 4 h, 4 w) and IoU predictions (b, 4) in float32.
+        """Logits (b, 4, 4 h, 4 w) and IoU predictions (b, 4) in float32; e is 1 or b.
 
         Mask 0 is the single-mask output; 1 to 3 are the multi-mask outputs. Tokens that are not
         `present` are masked out of every attention.

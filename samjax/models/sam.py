@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -102,18 +103,27 @@ class Sam(nn.Module):
 
     def init_params_shapes(self) -> dict[str, Any]:
         """The nested dict of `jax.ShapeDtypeStruct` that `params` must match; computes nothing."""
-        return jax.eval_shape(self.init_params, jax.random.key(0))
+        return _trace(self)[0]
 
-    def sites(self, variables: dict[str, Any] | None = None) -> list[SiteInfo]:
+    def sites(self, variables: dict[str, Any] | None = None) -> tuple[SiteInfo, ...]:
         """Every adaptable layer, in the order in which a forward pass calls it; computes nothing.
 
         A layer that is called twice is listed twice.
         """
-        if variables is None:
-            variables = {"params": self.init_params_shapes()}
-        with record_sites() as visits:
-            jax.eval_shape(lambda v: self.apply(v, *_example(self.config)), variables)
-        return visits
+        return _trace(self)[1] if variables is None else _visited(self, variables)
+
+
+@functools.lru_cache(maxsize=32)
+def _trace(model: Sam) -> tuple[dict[str, Any], tuple[SiteInfo, ...]]:
+    """Shapes and sites of a model: asked for often, and seconds to trace for ViT-H."""
+    shapes = jax.eval_shape(model.init_params, jax.random.key(0))
+    return shapes, _visited(model, {"params": shapes})
+
+
+def _visited(model: Sam, variables: dict[str, Any]) -> tuple[SiteInfo, ...]:
+    with record_sites() as visits:
+        jax.eval_shape(lambda v: model.apply(v, *_example(model.config)), variables)
+    return tuple(visits)
 
 
 def _example(config: SamConfig) -> tuple[Array, Array, Prompts]:

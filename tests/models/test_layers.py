@@ -1,0 +1,281 @@
+"""Single layers against definitions that are not ours: torch, lax, loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from samjax.models import MODELS, Prompts, Sam, SamConfig, TinyVitConfig, VitConfig, windows
+from samjax.models.attention import attend_map, relative_table, rows_per_chunk
+from samjax.models.image_encoder import resize_positions
+from samjax.models.tiny_vit import offset_indices
+from samjax.nn import (
+    BatchNorm,
+    Context,
+    Conv,
+    ConvTranspose2x2,
+    DepthwiseConv,
+    LayerNorm,
+    Segments,
+    gelu,
+)
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+def torch_nhwc(function, *arrays: jax.Array) -> np.ndarray:
+    """Applies a torch function to NHWC arrays as NCHW tensors and back."""
+    torch = pytest.importorskip("torch")
+    first, *rest = (np.array(array) for array in arrays)
+    out = function(
+        torch.tensor(first.transpose(0, 3, 1, 2)), *(torch.tensor(array) for array in rest)
+    )
+    return out.numpy().transpose(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("kernel, stride", [(1, 1), (3, 1), (3, 2), (2, 2), (16, 16)])
+def test_conv_is_torch_conv(kernel, stride):
+    F = pytest.importorskip("torch").nn.functional
+    x, w, b = normal(2, 32, 48, 5), normal(kernel, kernel, 5, 7), normal(7)
+    layer = Conv(7, kernel, stride)
+    ours = layer.apply({"params": {"kernel": w, "bias": b}}, x, Context())
+    pad = 0 if kernel == stride else (kernel - 1) // 2
+    theirs = torch_nhwc(
+        lambda x, w, b: F.conv2d(x, w, b, stride, pad), x, w.transpose(3, 2, 0, 1), b
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-3 if kernel == 16 else 1e-4)
+
+
+@pytest.mark.parametrize("stride, size", [(1, (9, 12)), (2, (9, 12)), (2, (8, 7))])
+def test_depthwise_conv_is_torch_conv(stride, size):
+    F = pytest.importorskip("torch").nn.functional
+    x, w = normal(2, *size, 6), normal(3, 3, 1, 6)
+    ours = DepthwiseConv(3, stride).apply({"params": {"kernel": w}}, x)
+    theirs = torch_nhwc(
+        lambda x, w: F.conv2d(x, w, None, stride, 1, groups=6), x, w.transpose(3, 2, 0, 1)
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_conv_transpose_is_torch_conv_transpose():
+    F = pytest.importorskip("torch").nn.functional
+    x, w, b = normal(2, 5, 6, 4), normal(2, 2, 4, 3), normal(3)
+    ours = ConvTranspose2x2(3).apply({"params": {"kernel": w, "bias": b}}, x)
+    theirs = torch_nhwc(
+        lambda x, w, b: F.conv_transpose2d(x, w, b, 2), x, w.transpose(2, 3, 0, 1), b
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_norms_are_torch_norms():
+    torch = pytest.importorskip("torch")
+    x, scale, bias, mean = normal(2, 3, 4, 8), normal(8), normal(8), normal(8)
+    var = jnp.abs(normal(8))
+    tensors = [torch.tensor(np.array(a)) for a in (x, scale, bias, mean, var)]
+    params = {"scale": scale, "bias": bias}
+    ours = LayerNorm(epsilon=1e-6).apply({"params": params}, x)
+    theirs = torch.nn.functional.layer_norm(tensors[0], (8,), tensors[1], tensors[2], 1e-6)
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-5)
+    ours = BatchNorm().apply({"params": {**params, "mean": mean, "var": var}}, x)
+    theirs = torch_nhwc(
+        lambda x, *a: torch.nn.functional.batch_norm(x, a[0], a[1], a[2], a[3]),
+        x,
+        mean,
+        var,
+        scale,
+        bias,
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_gelu_is_exact():
+    from math import erf, sqrt
+
+    x = np.linspace(-4, 4, 41)
+    exact = [0.5 * v * (1 + erf(v / sqrt(2))) for v in x]
+    np.testing.assert_allclose(gelu(jnp.asarray(x, jnp.float32)), exact, atol=1e-6)
+
+
+def test_layer_norm_is_float32_under_bfloat16():
+    x = jnp.asarray(1000 + normal(4, 64), jnp.bfloat16)
+    params = {"scale": np.ones(64, np.float32), "bias": np.zeros(64, np.float32)}
+    ours = LayerNorm(dtype=jnp.bfloat16).apply({"params": params}, x)
+    exact = LayerNorm().apply({"params": params}, x.astype(jnp.float32))
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_allclose(ours.astype(jnp.float32), exact, atol=0.02)
+
+
+@pytest.mark.parametrize("grid", [(32, 32), (22, 22), (40, 60), (96, 70)])
+def test_positions_are_torch_bicubic(grid):
+    F = pytest.importorskip("torch").nn.functional
+    table = normal(1, 64, 64, 4)
+    theirs = torch_nhwc(
+        lambda t: F.interpolate(t.double(), grid, mode="bicubic", align_corners=False),
+        table,
+    )
+    np.testing.assert_allclose(resize_positions(table, *grid), theirs, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [64, 40, 90])
+def test_relative_positions_are_the_references(segment_anything, size):
+    import torch
+    from segment_anything.modeling.image_encoder import get_rel_pos
+
+    table = normal(127, 8)
+    theirs = get_rel_pos(size, size, torch.tensor(np.array(table))).numpy()
+    np.testing.assert_allclose(relative_table(size, table), theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(12, 20), (7, 14), (9, 5)])
+def test_windows_pad_the_right_sides(segment_anything, size):
+    import torch
+    from segment_anything.modeling.image_encoder import window_partition
+
+    x = normal(2, *size, 3)
+    theirs, _ = window_partition(torch.tensor(np.array(x)), 7)
+    ours = windows.partition(x, 7)
+    np.testing.assert_array_equal(ours, theirs.numpy())
+    np.testing.assert_array_equal(windows.unpartition(ours, 2, *size), x)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (24, 40), (13, 64)])
+def test_chunked_attention_is_dense_attention(size, monkeypatch):
+    monkeypatch.setattr("samjax.models.attention.QUERIES_PER_CHUNK", 64)
+    height, width = size
+    assert rows_per_chunk(height, width) < height
+    q, k, v = (normal(2, 3, height, width, 8) for _ in range(3))
+    tables = normal(2 * height - 1, 8), normal(2 * width - 1, 8)
+
+    def run(kind):
+        def loss(q, k, v, *tables):
+            return jnp.sum(jnp.sin(attend_map(q, k, v, *tables, kind)))
+
+        out = attend_map(q, k, v, *tables, kind)
+        return out, jax.grad(loss, argnums=(0, 1, 2, 3, 4))(q, k, v, *tables)
+
+    for ours, dense in zip(
+        jax.tree.leaves(run("chunked")), jax.tree.leaves(run("dense")), strict=True
+    ):
+        np.testing.assert_allclose(ours, dense, atol=3e-5)
+
+
+def test_chunked_attention_holds_fewer_scores():
+    shape = jax.ShapeDtypeStruct((1, 2, 64, 64, 16), jnp.float32)
+    table = jax.ShapeDtypeStruct((127, 16), jnp.float32)
+
+    def memory(kind):
+        def loss(q, k, v, h, w):
+            return jnp.sum(attend_map(q, k, v, h, w, kind))
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*[shape] * 3, table, table)
+        return compiled.compile().memory_analysis().temp_size_in_bytes
+
+    assert memory("chunked") < memory("dense") / 4
+
+
+def test_tiny_vit_offsets_are_numbered_by_first_appearance():
+    size, order, expected = 5, {}, []
+    points = [(y, x) for y in range(size) for x in range(size)]
+    for p in points:
+        for q in points:
+            offset = (abs(p[0] - q[0]), abs(p[1] - q[1]))
+            expected.append(order.setdefault(offset, len(order)))
+    np.testing.assert_array_equal(offset_indices(size).ravel(), expected)
+
+
+@pytest.mark.parametrize("layout", ["thirds", "heads"])
+def test_segments_split_and_join(layout):
+    segments = Segments(("q", "k", "v"), layout, num_heads=2)
+    y = jnp.arange(24.0)[None]
+    parts = segments.split(y)
+    heads = np.arange(24.0).reshape((3, 2, 4) if layout == "thirds" else (2, 3, 4))
+    v = heads[2] if layout == "thirds" else heads[:, 2]
+    np.testing.assert_array_equal(parts["v"][0], v.ravel())
+    np.testing.assert_array_equal(segments.join(parts), y)
+    only_v = segments.split(segments.join({"v": parts["v"]}))
+    assert not only_v["q"].any() and not only_v["k"].any()
+    np.testing.assert_array_equal(only_v["v"], parts["v"])
+
+
+TINY = TinyVitConfig(embed_dims=(8, 16, 16, 32), depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4))
+SMALL_VIT = VitConfig(
+    embed_dim=32, depth=2, num_heads=2, global_attn_indexes=(1,), window_size=4, pretrain_grid=8
+)
+
+
+@pytest.mark.parametrize("encoder", [SMALL_VIT, TINY], ids=["vit", "tiny_vit"])
+def test_perturbing_v_leaves_q_and_k(encoder, monkeypatch):
+    """The segment named v is what attention uses as v, and nothing else."""
+    module = {"vit": "samjax.models.image_encoder", "tiny_vit": "samjax.models.tiny_vit"}
+    name = {"vit": "attend_map", "tiny_vit": "attend"}[encoder.kind]
+    seen = []
+    real = getattr(__import__(module[encoder.kind], fromlist=[name]), name)
+
+    def spy(q, k, v, *rest):
+        seen.append((q, k, v))
+        return real(q, k, v, *rest)
+
+    monkeypatch.setattr(f"{module[encoder.kind]}.{name}", spy)
+    config = SamConfig("small", encoder, 128, prompt_embed_dim=32, decoder_mlp_dim=32)
+    model = Sam(config)
+    params = model.init_params(jax.random.key(0))
+    info = next(site for site in model.sites() if site.path.endswith("attn/qkv"))
+    seen.clear()
+    image = normal(1, 128, 128, 3)
+    model.apply({"params": params}, image, method="encode_normalized")
+    before = seen[0]
+    node = params
+    for part in info.path.split("/"):
+        node = node[part]
+    width = info.kernel_shape[1] // 3
+    node["bias"] = node["bias"] + info.segments.join({"v": jnp.ones(width)})
+    seen.clear()
+    model.apply({"params": params}, image, method="encode_normalized")
+    (q0, k0, v0), (q1, k1, v1) = before, seen[0]
+    np.testing.assert_array_equal(q0, q1)
+    np.testing.assert_array_equal(k0, k1)
+    np.testing.assert_allclose(v1 - v0, np.ones(v0.shape), atol=1e-5)
+
+
+def test_empty_slots_change_nothing(small_model, small_params):
+    decode = jax.jit(lambda p, *a: small_model.apply({"params": p}, *a, method="decode"))
+    embeddings = normal(1, 8, 8, small_model.config.prompt_embed_dim)
+    coords = np.array([[[30.0, 40.0], [0.0, 0.0]]], np.float32)
+    labels = np.array([[1, -1]], np.int32)
+    plain = decode(small_params, embeddings, Prompts(coords, labels))
+    padded = Prompts(
+        np.pad(coords, ((0, 0), (0, 3), (0, 0)), constant_values=7.0),
+        np.pad(labels, ((0, 0), (0, 3)), constant_values=-2),
+    )
+    for a, b in zip(plain, decode(small_params, embeddings, padded), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.std(a))
+
+
+def test_any_square_size_and_bfloat16(small_model, small_params):
+    config = small_model.config.with_image_size(96)
+    images = RNG.integers(0, 255, (2, 96, 96, 3), np.uint8)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model = Sam(config, dtype=dtype)
+        logits, iou = jax.jit(model.apply)(
+            {"params": small_params},
+            images,
+            np.full((2, 2), 96, np.int32),
+            Prompts.none(2),
+        )
+        assert logits.shape == (2, 4, 24, 24) and logits.dtype == iou.dtype == jnp.float32
+        assert np.isfinite(logits).all()
+        if dtype == jnp.float32:
+            exact = logits
+    assert np.abs(logits - exact).max() < 0.2 * exact.std()
+
+
+def test_image_size_must_fit_the_patch():
+    with pytest.raises(ValueError, match=r"350 is not a positive multiple of 16.*352"):
+        MODELS["vit_t"].with_image_size(350)
+    assert MODELS["lite_medsam"].image_encoder.patch_size == 4
+    for config in MODELS.values():
+        assert SamConfig.from_json(config.to_json()) == config

@@ -1,0 +1,112 @@
+"""Adapter files: what is refused, and that nothing half-written is left."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from samjax import peft
+from samjax.models import Sam
+from samjax.peft import MethodConfig
+from samjax.peft import io as peft_io
+from samjax.weights import params_sha256
+
+
+@pytest.fixture
+def saved(tmp_path, small_model, small_params):
+    spec = MethodConfig().spec()
+    tree = peft.attach(spec, small_model, small_params, jax.random.key(0))
+    path = tmp_path / "adapter.safetensors"
+    variables = {"params": small_params, "peft": tree}
+    peft.save(path, spec, small_model, variables, params_sha256(small_params))
+    return path
+
+
+def rewrite(path, change_header=None, change_tensors=None) -> None:
+    """Forges a file whose hash fits its tensors."""
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as file:
+        record = json.loads(file.metadata()["samjax"])
+    tensors = load_file(path)
+    if change_tensors:
+        change_tensors(tensors)
+        record["tensors_sha256"] = params_sha256(tensors)
+    if change_header:
+        change_header(record)
+    save_file(tensors, path, {"samjax": json.dumps(record)})
+
+
+def test_holds_every_trained_leaf_and_the_sizes_apart(saved, small_model):
+    adapter = peft.read(saved)
+    counts = peft.report(adapter.spec, small_model)
+    assert adapter.model_bytes == 4 * counts.decoder
+    buffers = 4 * 2  # one scale for each of the two blocks
+    assert adapter.adapter_bytes == 4 * counts.adapter + buffers
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_flipped_byte_is_caught(saved):
+    content = bytearray(saved.read_bytes())
+    content[-5] ^= 0x40
+    saved.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        peft.read(saved)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK\x03\x04nonsense", b"\xff" * 64, b'{"a": 1}'],
+    ids=["empty", "zip", "ff", "json"],
+)
+def test_a_file_that_is_no_adapter(tmp_path, content):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged or no adapter file"):
+        peft.read(path)
+
+
+def test_other_headers_are_refused(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no adapter file at"):
+        peft.read(tmp_path / "absent")
+    plain = tmp_path / "plain.safetensors"
+    save_file({"a": np.zeros(3, np.float32)}, plain)
+    with pytest.raises(ValueError, match="no samjax adapter"):
+        peft.read(plain)
+    rewrite(saved, lambda record: record.update(schema=peft_io.SCHEMA + 1))
+    with pytest.raises(ValueError, match="install a newer samjax"):
+        peft.read(saved)
+
+
+@pytest.mark.parametrize("key", ["spec", "model", "base_sha256", "metadata", "tensors_sha256"])
+def test_missing_header_fields(saved, key):
+    rewrite(saved, lambda record: record.pop(key))
+    with pytest.raises(ValueError, match=r"header of .* cannot be read"):
+        peft.read(saved)
+
+
+def test_tensors_must_be_those_of_the_spec(saved, small_model, small_params):
+    first = next(iter(load_file(saved)))
+    rewrite(saved, change_tensors=lambda t: t.pop(first))
+    with pytest.raises(ValueError, match=f"lacks {first}"):
+        peft.load(saved, small_model, small_params)
+    rewrite(saved, change_tensors=lambda t: t.update({first: np.zeros((3, 3), np.float32)}))
+    with pytest.raises(ValueError, match=rf"{first} is float32\[3, 3\], expected"):
+        peft.load(saved, small_model, small_params)
+
+
+def test_another_architecture_is_refused(saved, small_model):
+    import dataclasses
+
+    config = dataclasses.replace(small_model.config, name="other", decoder_mlp_dim=32)
+    with pytest.raises(ValueError, match="was trained in"):
+        peft.load(saved, Sam(config), {})
+
+
+def test_no_folder_no_file(tmp_path, small_model, small_params):
+    variables = {"params": small_params, "peft": {}}
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        spec = MethodConfig(method="decoder").spec()
+        peft.save(tmp_path / "no" / "a.safetensors", spec, small_model, variables, "0")

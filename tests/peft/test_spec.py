@@ -1,0 +1,132 @@
+"""Rules, the trees they make, and the counts that papers publish."""
+
+import jax
+import numpy as np
+import pytest
+
+from samjax import peft
+from samjax.models import MODELS, Sam
+from samjax.peft import LoRA, MethodConfig, PeftSpec, Rule, Train
+from samjax.peft.spec import Freeze, deltas, resolve
+
+LORA = MethodConfig().spec()
+
+
+@pytest.mark.parametrize(
+    "name, total, adapter",
+    [
+        ("vit_b", 93_735_472, 147_456),  # Kirillov et al. 2023; SAMed, Zhang and Liu 2023
+        ("vit_l", 312_342_832, 24 * 4 * 4 * 1024),
+        ("vit_h", 641_090_608, 32 * 4 * 4 * 1280),
+    ],
+)
+def test_published_counts(name, total, adapter):
+    counts = peft.report(LORA, Sam(MODELS[name]))
+    assert (counts.total, counts.adapter, counts.decoder) == (total, adapter, 4_058_340)
+    assert counts.trainable == adapter + 4_058_340
+
+
+def test_counts_are_torchs(segment_anything):
+    reference = segment_anything.sam_model_registry["vit_b"]()
+    counts = peft.report(MethodConfig(method="decoder").spec(), Sam(MODELS["vit_b"]))
+    assert counts.total == sum(p.numel() for p in reference.parameters())
+    assert counts.decoder == sum(p.numel() for p in reference.mask_decoder.parameters())
+    assert counts.adapter == 0
+
+
+def test_report_says_what_is_adapted(small_model):
+    text = str(peft.report(LORA, small_model))
+    assert "image_encoder/**/attn/qkv[q,v]" in text and "2 x" in text and "%" in text
+
+
+def test_unmatched_rule_names_the_closest_site(small_model):
+    spec = PeftSpec((Rule("image_encoder/blocks_*/attn/qvk[q,v]", LoRA()),))
+    with pytest.raises(ValueError, match=r"matches no site.*attn/qkv'"):
+        resolve(spec, small_model)
+    with pytest.raises(ValueError, match="matches no leaf"):
+        resolve(PeftSpec((Rule("mask_decoders/**", Train()),)), small_model)
+
+
+def test_shadowed_rule_is_an_error(small_model):
+    rules = (Rule("mask_decoder/**", Train()), Rule("mask_decoder/iou_token/**", Freeze()))
+    with pytest.raises(ValueError, match="claims nothing"):
+        resolve(PeftSpec(rules), small_model)
+
+
+def test_first_match_wins(small_model, small_params):
+    rules = (
+        Rule("mask_decoder/iou_prediction_head/**", Freeze()),
+        Rule("mask_decoder/**", Train()),
+    )
+    mask = peft.trainable(PeftSpec(rules), small_model, {"params": small_params})["params"]
+    assert not any(jax.tree.leaves(mask["mask_decoder"]["iou_prediction_head"]))
+    assert all(jax.tree.leaves(mask["mask_decoder"]["transformer"]))
+    assert not any(jax.tree.leaves(mask["image_encoder"]))
+
+
+def test_buffers_never_train():
+    model = Sam(MODELS["vit_t"])
+    shapes = model.init_params_shapes()
+    mask = peft.trainable(PeftSpec((Rule("**", Train()),)), model, {"params": shapes})["params"]
+    norm = mask["image_encoder"]["patch_embed"]["seq_0"]["bn"]
+    assert norm == {"scale": True, "bias": True, "mean": False, "var": False}
+    assert not any(jax.tree.leaves(mask["prompt_encoder"]["pe_layer"]))
+
+
+def test_unknown_segment_is_an_error(small_model):
+    spec = PeftSpec((Rule("image_encoder/**/qkv[q,x]", LoRA()),))
+    with pytest.raises(ValueError, match=r"names 'x', but .* has the segments q, k, v"):
+        resolve(spec, small_model)
+    spec = PeftSpec((Rule("image_encoder/**/proj[q]", LoRA()),))
+    with pytest.raises(ValueError, match="has no segments"):
+        resolve(spec, small_model)
+
+
+def test_lora_refuses_convolutions_and_odd_settings(small_model, small_params):
+    spec = PeftSpec((Rule("image_encoder/neck_0", LoRA()),))
+    with pytest.raises(ValueError, match="LoRA adapts linear layers"):
+        peft.attach(spec, small_model, small_params, jax.random.key(0))
+    for bad in ({"rank": 0}, {"alpha": 0.0}, {"dropout": 1.0}):
+        with pytest.raises(ValueError, match="LoRA"):
+            LoRA(**bad)
+    for bad in (
+        {"method": "loar"},
+        {"segments": "qx"},
+        {"method": "decoder", "train_decoder": False},
+    ):
+        with pytest.raises(ValueError):
+            MethodConfig(**bad).spec()
+
+
+def test_keys_depend_on_the_path_alone(small_model, small_params):
+    key = jax.random.key(0)
+    both = deltas(peft.attach(LORA, small_model, small_params, key))
+    one = PeftSpec((Rule("image_encoder/blocks_1/attn/qkv[q,v]", LoRA()),))
+    (path,) = alone = deltas(peft.attach(one, small_model, small_params, key))
+    np.testing.assert_array_equal(alone[path].a, both[path].a)
+    other = next(p for p in both if p != path)
+    assert not np.array_equal(both[other].a, both[path].a)
+
+
+def test_a_record_that_no_site_reads_is_an_error(small_model, small_params):
+    tree = peft.attach(LORA, small_model, small_params, jax.random.key(0))
+    peft.check_sites(small_model, small_params, tree)
+    tree["image_encoder"]["blocks_0"]["attn"]["qvk"] = tree["image_encoder"]["blocks_0"][
+        "attn"
+    ].pop("qkv")
+    with pytest.raises(ValueError, match=r"attn/qvk' is called 0 times.*attn/qkv"):
+        peft.check_sites(small_model, small_params, tree)
+
+
+def test_every_site_is_called_once(small_model):
+    for model in (small_model, Sam(MODELS["vit_t"])):
+        paths = [info.path for info in model.sites()]
+        assert len(paths) == len(set(paths))
+
+
+def test_spec_survives_json():
+    assert PeftSpec.from_json(LORA.to_json()) == LORA
+    with pytest.raises(ValueError, match=r"unknown PEFT method 'dora2'.*lora"):
+        PeftSpec.from_json([{"pattern": "x", "kind": "dora2"}])
+    with pytest.raises(ValueError, match="not a PEFT spec"):
+        PeftSpec.from_json([{"pattern": "x", "kind": "lora", "ranks": 3}])
