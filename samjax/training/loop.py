@@ -124,7 +124,7 @@ class MetricsLog:
         return statistics.median(times) if times else None
 
 
-def _parse(line: str) -> dict[str, float] | None:
+def _parse(line: str) -> dict[str, Any] | None:
     try:
         return json.loads(line)
     except ValueError:

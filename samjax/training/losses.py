@@ -5,6 +5,7 @@ The truth never shrinks: logits go up to its size, bilinearly, as in SAM's post-
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
@@ -24,7 +25,7 @@ def dice(
     logits: Float[Array, "b h w"], truth: Bool[Array, "b h w"], valid: Bool[Array, "b h w"]
 ) -> Float[Array, " b"]:
     """Dice loss per image: 1 - (2 sum p t + 1) / (sum p + sum t + 1) over `valid` pixels."""
-    p = jnp.where(valid, 1 / (1 + jnp.exp(-logits)), 0.0)
+    p = jnp.where(valid, jax.nn.sigmoid(logits), 0.0)
     t = (truth & valid).astype(jnp.float32)
     overlap = jnp.sum(p * t, axis=(1, 2))
     return 1 - (2 * overlap + 1) / (jnp.sum(p, axis=(1, 2)) + jnp.sum(t, axis=(1, 2)) + 1)

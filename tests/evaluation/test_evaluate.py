@@ -1,5 +1,6 @@
 """Metrics against NumPy and pycocotools, and the padded evaluation against the plain one."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,7 +18,7 @@ def test_overlap_is_its_definition():
     a[1] = b[1] = False
     b[2] = False
     a[3] = b[3]
-    got = overlap(a, b)
+    got = overlap(jnp.asarray(a), jnp.asarray(b))
     for i in range(6):
         both, either = (a[i] & b[i]).sum(), (a[i] | b[i]).sum()
         dice = 1.0 if not either else 2 * both / (a[i].sum() + b[i].sum())
@@ -31,7 +32,9 @@ def test_iou_is_pycocotools():
     for i in range(4):
         codes = [coco.encode(np.asfortranarray(m[i].astype(np.uint8))) for m in (a, b)]
         expected = coco.iou([codes[0]], [codes[1]], [0])[0, 0]
-        np.testing.assert_allclose(overlap(a, b)["iou"][i], expected, rtol=1e-6)
+        np.testing.assert_allclose(
+            overlap(jnp.asarray(a), jnp.asarray(b))["iou"][i], expected, rtol=1e-6
+        )
 
 
 class Images:
