@@ -65,7 +65,7 @@ def config() -> Config:
         eval_batch_size=1,
         log_every=5,
         checkpoint_every=20,
-        gallery=4,
+        gallery=2,
         optimizer=OptimizerConfig(learning_rate=1e-3),
         augment=AugmentConfig(flip=True, vertical_flip=True, rotate90=True),
     )

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import inspect
 import io
+import itertools
 import json
 import logging
 import os
@@ -246,32 +248,39 @@ def _run_eval(argv: list[str], console: Console) -> tuple[dict[str, Any], bool]:
     target = Path(argv[0]) if argv else Path()
     if argv and target.is_dir():
         args = _parse(EvalRun, argv[1:], "samjax eval RUN", None, None)
-        result = run.evaluate_run(target, args.split, console)
         csv = args.csv or target / f"eval_{args.split}.csv"
+        _check_parent(csv)
+        result = run.evaluate_run(target, args.split, console)
     else:
         experiment = _experiment(argv, "eval")
         default = EvalExperiment(config=experiment.config)
         prog = "samjax eval EXPERIMENT.py"
         args = _parse(EvalExperiment, argv[1:], prog, default, experiment.doc)
+        csv = args.csv
+        _check_parent(csv)
         experiment.prepare(args.config, console)
         source = run.open_source(args.config, args.split)
         model, params = run.open_model(args.config)
         title = f"evaluating {args.split}"
         variables = {"params": params}
         result = run.evaluate_source(args.config, model, variables, source, console, title)
-        csv = args.csv
     if csv is not None:
         result.write_csv(csv)
     summary = {**result.mean, "images": len(result.names), "csv": str(csv) if csv else None}
     return summary, args.json
 
 
+def _check_parent(file: Path | None) -> None:
+    """Raises, before any work, where a file could not be written."""
+    if file is not None and not file.parent.is_dir():
+        raise FileNotFoundError(f"there is no directory {file.parent} to write into; create it")
+
+
 def _experiment(argv: list[str], verb: str) -> Any:
     from samjax.config import load_experiment
 
     if not argv or argv[0].startswith("-"):
-        cls = Train if verb == "train" else EvalRun
-        doc = (cls.__doc__ or "").strip()
+        doc = inspect.getdoc(Train if verb == "train" else EvalRun)
         if argv and argv[0] in ("-h", "--help"):
             what = "EXPERIMENT.py" if verb == "train" else "RUN|EXPERIMENT.py"
             sys.stdout.write(
@@ -280,6 +289,8 @@ def _experiment(argv: list[str], verb: str) -> Any:
             )
             raise SystemExit(0)
         raise ValueError(f"samjax {verb} needs an experiment file, such as {_EXAMPLES[verb]}")
+    if verb == "eval" and not Path(argv[0]).exists():
+        raise FileNotFoundError(f"no run folder and no experiment file at {argv[0]}")
     return load_experiment(argv[0])
 
 
@@ -312,7 +323,7 @@ def _verbs() -> dict[str, Callable[..., tuple[dict[str, Any], bool]]]:
 
 def _parse(cls: type, argv: list[str], prog: str, default: Any, doc: str | None) -> Any:
     """tyro, with its errors in one sentence instead of a box."""
-    description = None if doc is None else f"{doc}\n\n{(cls.__doc__ or '').strip()}"
+    description = None if doc is None else f"{doc}\n\n{inspect.getdoc(cls)}"
     options: dict[str, Any] = {"args": argv, "prog": prog, "description": description}
     if default is not None:
         options["default"] = default
@@ -323,13 +334,22 @@ def _parse(cls: type, argv: list[str], prog: str, default: Any, doc: str | None)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise ValueError(_sentence(captured.getvalue()) or "the arguments are wrong") from None
+        raise ValueError(_sentence(captured.getvalue(), prog)) from None
 
 
-def _sentence(box: str) -> str:
-    """The lines of one of tyro's boxes as a sentence."""
-    lines = [re.sub(r"[╭╮╰╯│─]+", " ", line).strip() for line in box.splitlines()[1:]]
-    return re.sub(r"\s+", " ", " ".join(line for line in lines if line)).strip()
+def _sentence(box: str, prog: str) -> str:
+    """What one of tyro's boxes says is wrong and what it suggests, without its help texts."""
+    parts = []
+    for section in re.split(r"\n│ ─+ │\n", box):
+        lines = [line[2:-2].rstrip() for line in section.splitlines() if line.startswith("│ ")]
+        lines = list(itertools.takewhile(bool, lines))
+        if not lines or lines[0].startswith(("Argument helptext", "For full helptext")):
+            continue
+        # A sentence stands at the margin, options below it, and what they do below these.
+        text = " ".join(line for line in lines if not line.startswith(" "))
+        options = ", ".join(line.strip() for line in lines if re.match(" {4}[^ ]", line))
+        parts.append(f"{text} {options}".strip().rstrip("."))
+    return "; ".join([*parts, f"see `{prog} --help`"])
 
 
 def _numbers(text: str, flag: str, names: Sequence[str]) -> list[float]:

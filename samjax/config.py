@@ -44,6 +44,7 @@ class Config:
     optimizer: Annotated[OptimizerConfig, _FLAT] = OptimizerConfig()
     # The mixture of prompts in training: weights of no prompt, a jittered box, points.
     prompts: PromptConfig = PromptConfig()
+    # Random changes of images and masks in training.
     augment: AugmentConfig = AugmentConfig()
     # The prompt in evaluation: none, or the truth's box, or its most central point.
     eval_prompt: Literal["none", "box", "point"] = "none"
@@ -55,6 +56,7 @@ class Config:
     batch_size: int = 4
     # Parts that a batch is cut into to save memory; must divide batch_size.
     accumulate: int = 1
+    # Images a step of evaluation.
     eval_batch_size: int = 4
     # Seed of splits, shuffling, augmentation, prompts, adapter initialisation and dropout.
     seed: int = 0
@@ -129,7 +131,10 @@ class Experiment:
 
 
 def load_experiment(path: str | Path) -> Experiment:
-    """Runs an experiment file. Raises FileNotFoundError, or ValueError for one without `config`."""
+    """Runs an experiment file.
+
+    Raises FileNotFoundError, or ValueError for one that fails or does not define `config`.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no experiment file at {path}")
@@ -138,14 +143,16 @@ def load_experiment(path: str | Path) -> Experiment:
         raise ValueError(f"{path} is no Python file; an experiment defines config() -> Config")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    if not hasattr(module, "config"):
+    try:
+        spec.loader.exec_module(module)
+        config = module.config() if hasattr(module, "config") else None
+    # It is a user's program: whatever it raises means the same.
+    except Exception as error:
+        raise ValueError(f"{path} fails with {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
         raise ValueError(f"{path} defines no function config() -> samjax.config.Config")
-    return Experiment(
-        (module.__doc__ or "").strip(),
-        module.config(),
-        getattr(module, "prepare", lambda config, console: None),
-    )
+    prepare = getattr(module, "prepare", lambda config, console: None)
+    return Experiment((module.__doc__ or "").strip(), config, prepare)
 
 
 def read_run_config(run: Path) -> Config:

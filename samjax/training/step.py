@@ -31,6 +31,7 @@ class OptimizerConfig:
     learning_rate: float = 1e-3
     # Peak learning rate of the mask decoder; left out, the same.
     decoder_learning_rate: float | None = None
+    # AdamW's decoupled weight decay.
     weight_decay: float = 1e-4
     # Share of all steps over which the learning rate rises from zero.
     warmup: float = 0.05

@@ -1,0 +1,35 @@
+"""The Python of the documentation runs, on a small model in place of a large one."""
+
+import re
+
+import numpy as np
+import pytest
+from conftest import REPO
+from PIL import Image
+
+from samjax.weights import save_checkpoint
+
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks(page, tmp_path, monkeypatch, small_model, small_params, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    save_checkpoint(tmp_path / "sam_vit_b", small_model.config, small_params)
+    pixels = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_files_exist(page):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_readme_names_experiments_that_exist():
+    for name in set(re.findall(r"experiments/\w+\.py", (REPO / "README.md").read_text())):
+        assert (REPO / name).is_file(), name
