@@ -339,11 +339,12 @@ def _parse(cls: type, argv: list[str], prog: str, default: Any, doc: str | None)
 
 def _sentence(box: str, prog: str) -> str:
     """What one of tyro's boxes says is wrong and what it suggests, without its help texts."""
+    # Where stdout is not UTF-8, tyro draws no box, only a rule under the title.
+    lines = [re.sub("[│╰╯]", " ", line)[2:].rstrip() for line in box.splitlines()[1:]]
     parts = []
-    for section in re.split(r"\n│ ─+ │\n", box):
-        lines = [line[2:-2].rstrip() for line in section.splitlines() if line.startswith("│ ")]
-        lines = list(itertools.takewhile(bool, lines))
-        if not lines or lines[0].startswith(("Argument helptext", "For full helptext")):
+    for is_rule, section in itertools.groupby(lines, lambda x: bool(re.fullmatch("[─-]{9,}", x))):
+        lines = list(itertools.takewhile(bool, section))
+        if is_rule or not lines or lines[0].startswith(("Argument helptext", "For full helptext")):
             continue
         # A sentence stands at the margin, options below it, and what they do below these.
         text = " ".join(line for line in lines if not line.startswith(" "))

@@ -11,10 +11,11 @@ from PIL import Image
 from rich.console import Console
 
 from samjax import peft as peft_lib
+from samjax.data.prompts import encode_prompt
 from samjax.data.sources import read_image
 from samjax.files import write_beside
 from samjax.models import Sam
-from samjax.predictor import SamPredictor
+from samjax.predictor import SamPredictor, check_inside
 from samjax.viz import overlay, save_png
 from samjax.weights import read_weights
 
@@ -46,6 +47,7 @@ def predict_files(
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; choose a folder with --out")
     image = read_image(image_path)
+    _check_prompts(points, boxes, image.shape[:2])
     predictor = open_predictor(weights, adapter, image_size, console)
     predictor.set_image(image)
     masks, iou, low_res = _predict(predictor, points, boxes, multimask)
@@ -89,6 +91,16 @@ def open_predictor(
     params, records = peft_lib.apply(file, model, params, str(adapter))
     console.print(f"{adapter}: {file.metadata.get('method', 'adapter')} for {config.name}")
     return SamPredictor(model, params, records)
+
+
+def _check_prompts(
+    points: Sequence[Sequence[float]], boxes: Sequence[Sequence[float]], size: tuple[int, ...]
+) -> None:
+    """Raises ValueError before any weights are read, which may take long."""
+    table = np.array(points).reshape(-1, 3)
+    for box in boxes or [None]:
+        coords, labels = encode_prompt(table[:, :2], table[:, 2], box)
+        check_inside(coords[labels >= 0], (size[0], size[1]))
 
 
 def _predict(

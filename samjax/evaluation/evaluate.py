@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,13 @@ class Evaluation:
         return Evaluation(columns[0], {k: np.array(v, np.float64) for k, v in values})
 
 
+@functools.lru_cache(maxsize=4)
 def make_eval_step(model: Sam) -> Callable[..., tuple[dict[str, Any], Any]]:
     """`step(variables, batch, rows, columns, truth) -> (metrics per image, masks)`, compiled.
 
     `rows` (b, h, l) and `columns` (b, w, l) are the post-processing matrices of each image, zero
-    where it is smaller than (h, w); `truth` (b, h, w) is False there.
+    where it is smaller than (h, w); `truth` (b, h, w) is False there. Equal models share a step, so
+    that a run's evaluations and its gallery compile once.
     """
 
     def step(variables: Any, batch: Any, rows: Any, columns: Any, truth: Any) -> Any:

@@ -70,7 +70,8 @@ def save(
     trained, _ = partition(variables["params"], trainable(spec, model, variables)["params"])
     tensors = {f"params/{k}": v for k, v in _flatten(trained).items() if v is not None}
     tensors |= {f"peft/{k}": v for k, v in _flatten(variables["peft"]).items()}
-    tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
+    # Not np.ascontiguousarray, which makes a number an array of one.
+    tensors = {k: np.asarray(v, order="C") for k, v in tensors.items()}
     record = {
         "schema": SCHEMA,
         "spec": spec.to_json(),

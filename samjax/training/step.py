@@ -131,7 +131,7 @@ def make_train_step(
         (loss, terms), grads = gradients(state.train, frozen, batch, rng)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.train)
         train = optax.apply_updates(state.train, updates)
-        logs = {"loss": loss, **terms, "grad_norm": optax.global_norm(grads)}
+        logs = {"loss": loss, **terms, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, train, opt_state), logs
 
     return jax.jit(step, donate_argnums=0)
