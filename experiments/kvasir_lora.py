@@ -1,4 +1,4 @@
-"""Polyps in endoscopy: MobileSAM on Kvasir-SEG with LoRA and the mask decoder, without a prompt.
+r"""Polyps in endoscopy: MobileSAM on Kvasir-SEG with LoRA and the mask decoder, without a prompt.
 
 Data: Kvasir-SEG (Jha et al. 2020; research and education only), as `--data FOLDER` with
 `train/`, `validation/` and `test/` folders, each with `images/` and `masks/`, or with `images/` and

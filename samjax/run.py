@@ -96,6 +96,7 @@ def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[
     in use without `resume`, ValueError for a config that cannot be, and
     `samjax.training.loop.Interrupted` when the user stops the run: its state is saved.
     """
+    config = with_absolute_paths(config)
     check_out(config, out, resume)
     if resume and (out / "summary.json").is_file():
         console.print(f"{out} is finished already")
@@ -151,6 +152,16 @@ def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[
     return summary
 
 
+def with_absolute_paths(config: Config) -> Config:
+    """The config with paths that hold from any folder, so that a run can be evaluated anywhere."""
+    absolute = {
+        name: str(Path(path).expanduser().absolute())
+        for name in ("weights", "data")
+        if (path := getattr(config, name))
+    }
+    return dataclasses.replace(config, **absolute)
+
+
 def check_out(config: Config, out: Path, resume: bool) -> None:
     """Raises where `out` cannot take this run: in use, or resumed with another config."""
     if out.exists() and not out.is_dir():
@@ -161,7 +172,7 @@ def check_out(config: Config, out: Path, resume: bool) -> None:
         return
     if not (out / "config.json").is_file():
         raise ValueError(f"nothing to resume: {out} holds no run; leave out --resume to start one")
-    old, new = read_run_config(out).to_json(), config.to_json()
+    old, new = read_run_config(out).to_json(), with_absolute_paths(config).to_json()
     differ = [key for key in new if old[key] != new[key]]
     if differ:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -12,6 +13,15 @@ from PIL import Image
 
 from samjax.models import Sam, SamConfig, VitConfig
 from weights_convert import from_params
+
+# Many tests compile the same step; what one compiled the others, and subprocesses, read back.
+_CACHE = tempfile.TemporaryDirectory(prefix="samjax-tests-")
+for _name, _value in (
+    ("jax_compilation_cache_dir", _CACHE.name),
+    ("jax_persistent_cache_min_compile_time_secs", 0.5),
+):
+    jax.config.update(_name, _value)
+    os.environ[_name.upper()] = str(_value)
 
 REPO = Path(__file__).resolve().parent.parent
 ASSETS = Path(os.environ.get("SAMJAX_TEST_ASSETS", REPO / "../shared"))

@@ -495,6 +495,6 @@ def test_errors_are_one_sentence_and_write_nothing(files, tmp_path, line):
 
 def test_a_traceback_on_request(files, tmp_path, monkeypatch):
     monkeypatch.setenv("SAMJAX_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="broken.py fails") as caught:
+    with pytest.raises(ValueError, match=r"broken\.py fails") as caught:
         call("train", files / "broken.py", "--out", tmp_path / "out")
     assert isinstance(caught.value.__cause__, ZeroDivisionError)

@@ -1,14 +1,15 @@
 """The Python of the documentation runs, on a small model in place of a large one."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPO
 from PIL import Image
 
 from samjax.weights import save_checkpoint
 
+REPO = Path(__file__).resolve().parent.parent
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 
 

@@ -13,20 +13,19 @@ CROP_ATTEMPTS = 5
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """Which changes are drawn.
+    """Which changes are drawn. Raises ValueError for a share outside [0, 1)."""
 
-    `flip` and `vertical_flip` mirror left-right and upside-down with probability 1/2; `rotate90`
-    turns by a uniform multiple of 90 degrees. `scale_crop` cuts a window of the image's aspect out
-    whose sides are a uniform share in [1 - scale_crop, 1] of the image's (the later resize to the
-    model's input makes it larger). `color_jitter` draws factors for brightness, contrast and
-    saturation uniformly in [1 - color_jitter, 1 + color_jitter]. Raises ValueError for a share
-    outside [0, 1).
-    """
-
+    # Mirror left-right with probability 1/2.
     flip: bool = True
+    # Mirror upside-down with probability 1/2.
     vertical_flip: bool = False
+    # Turn by a uniform multiple of 90 degrees.
     rotate90: bool = False
+    # Cut out a window of the image's aspect whose sides are a uniform share in [1 - scale_crop, 1]
+    # of the image's; the resize to the model's input then makes it larger.
     scale_crop: float = 0.25
+    # Brightness, contrast and saturation are multiplied by factors that are uniform in
+    # [1 - color_jitter, 1 + color_jitter].
     color_jitter: float = 0.2
 
     def __post_init__(self) -> None:

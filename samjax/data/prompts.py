@@ -28,18 +28,21 @@ BOX_LOWER_RIGHT = 3
 class PromptConfig:
     """The mixture of prompts to train with: which kinds, how often, and how noisy.
 
-    `none`, `box` and `points` are weights of the three kinds, of which each sample draws one.
-    `box_jitter` moves each edge of a box by a uniform share of the box's side in
-    [-box_jitter, box_jitter], clipped to the image. A points prompt has between 1 and `max_points`
-    points, as many as not, inside the mask; with `negative_points` every point but the first falls
-    outside with probability 1/2. Raises ValueError for a setting out of its range.
+    Each sample draws one kind by weight. Raises ValueError for a setting out of its range.
     """
 
+    # Weight of no prompt at all: automatic segmentation.
     none: float = 1.0
+    # Weight of the truth's box, jittered.
     box: float = 0.0
+    # Weight of between 1 and `max_points` points inside the mask.
     points: float = 0.0
+    # Each edge of a box moves by a uniform share of the box's side in [-box_jitter, box_jitter],
+    # clipped to the image.
     box_jitter: float = 0.1
+    # The most points of a prompt; the number is uniform.
     max_points: int = 3
+    # Every point but the first falls outside the mask with probability 1/2.
     negative_points: bool = False
 
     def __post_init__(self) -> None:

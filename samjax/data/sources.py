@@ -153,7 +153,7 @@ def _decode(file: Path) -> Image.Image:
     except Exception as error:
         raise ValueError(
             f"{file} cannot be decoded as an image ({type(error).__name__}: {error}): "
-            "replace it, or remove it with its partner"
+            "replace it, or, in a dataset, remove it with its partner"
         ) from error
 
 

@@ -111,7 +111,9 @@ def make_train_step(
     def gradients(train: Any, frozen: Any, batch: dict[str, Any], rng: Any) -> Any:
         if accumulate == 1:
             return grad_fn(train, frozen, batch, rng)
-        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        parts = jax.tree.map(
+            lambda x: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]), batch
+        )
         keys = jax.random.split(rng, accumulate)
 
         def body(total: Any, part: Any) -> tuple[Any, None]:
