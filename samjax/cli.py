@@ -10,12 +10,8 @@ import contextlib
 import ctypes
 import dataclasses
 import inspect
-import io
-import itertools
 import json
-import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +21,9 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, UseAppendAction
 
+from samjax.arguments import numbers, parse
 from samjax.config import Config
+from samjax.terminal import send_notices_to
 
 _HELP = """usage: samjax VERB ...
 
@@ -113,8 +111,8 @@ class Predict:
             self.weights,
             self.out,
             adapter=self.adapter,
-            points=[_numbers(text, "--point", ("X", "Y", "LABEL")) for text in self.point],
-            boxes=[_numbers(text, "--box", ("X0", "Y0", "X1", "Y1")) for text in self.box],
+            points=[numbers(text, "--point", ("X", "Y", "LABEL")) for text in self.point],
+            boxes=[numbers(text, "--box", ("X0", "Y0", "X1", "Y1")) for text in self.box],
             multimask=self.multimask,
             image_size=self.image_size,
             save_logits=self.save_logits,
@@ -232,7 +230,7 @@ class Merge:
 def _run_train(argv: list[str], console: Console) -> tuple[dict[str, Any], bool]:
     experiment = _experiment(argv, "train")
     default = Train(config=experiment.config, out=Path("runs") / Path(argv[0]).stem)
-    args = _parse(Train, argv[1:], "samjax train EXPERIMENT.py", default, experiment.doc)
+    args = parse(Train, argv[1:], "samjax train EXPERIMENT.py", default, experiment.doc)
     from samjax.run import check_out, train
 
     # Before `prepare`, which may download.
@@ -247,7 +245,7 @@ def _run_eval(argv: list[str], console: Console) -> tuple[dict[str, Any], bool]:
 
     target = Path(argv[0]) if argv else Path()
     if argv and target.is_dir():
-        args = _parse(EvalRun, argv[1:], "samjax eval RUN", None, None)
+        args = parse(EvalRun, argv[1:], "samjax eval RUN", None, None)
         csv = args.csv or target / f"eval_{args.split}.csv"
         _check_parent(csv)
         result = run.evaluate_run(target, args.split, console)
@@ -255,7 +253,7 @@ def _run_eval(argv: list[str], console: Console) -> tuple[dict[str, Any], bool]:
         experiment = _experiment(argv, "eval")
         default = EvalExperiment(config=experiment.config)
         prog = "samjax eval EXPERIMENT.py"
-        args = _parse(EvalExperiment, argv[1:], prog, default, experiment.doc)
+        args = parse(EvalExperiment, argv[1:], prog, default, experiment.doc)
         csv = args.csv
         _check_parent(csv)
         experiment.prepare(args.config, console)
@@ -302,7 +300,7 @@ _EXAMPLES = {
 
 def _run_plain(cls: type, default: Any = None) -> Callable[..., tuple[dict[str, Any], bool]]:
     def run(argv: list[str], console: Console) -> tuple[dict[str, Any], bool]:
-        args = _parse(cls, argv, f"samjax {cls.__name__.lower()}", default, None)
+        args = parse(cls, argv, f"samjax {cls.__name__.lower()}", default, None)
         return args.run(console), args.json
 
     return run
@@ -321,48 +319,6 @@ def _verbs() -> dict[str, Callable[..., tuple[dict[str, Any], bool]]]:
     }
 
 
-def _parse(cls: type, argv: list[str], prog: str, default: Any, doc: str | None) -> Any:
-    """tyro, with its errors in one sentence instead of a box."""
-    description = None if doc is None else f"{doc}\n\n{inspect.getdoc(cls)}"
-    options: dict[str, Any] = {"args": argv, "prog": prog, "description": description}
-    if default is not None:
-        options["default"] = default
-    captured = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(captured):
-            return tyro.cli(cls, **options)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise ValueError(_sentence(captured.getvalue(), prog)) from None
-
-
-def _sentence(box: str, prog: str) -> str:
-    """What one of tyro's boxes says is wrong and what it suggests, without its help texts."""
-    # Where stdout is not UTF-8, tyro draws no box, only a rule under the title.
-    lines = [re.sub("[│╰╯]", " ", line)[2:].rstrip() for line in box.splitlines()[1:]]
-    parts = []
-    for is_rule, section in itertools.groupby(lines, lambda x: bool(re.fullmatch("[─-]{9,}", x))):
-        lines = list(itertools.takewhile(bool, section))
-        if is_rule or not lines or lines[0].startswith(("Argument helptext", "For full helptext")):
-            continue
-        # A sentence stands at the margin, options below it, and what they do below these.
-        text = " ".join(line for line in lines if not line.startswith(" "))
-        options = ", ".join(line.strip() for line in lines if re.match(" {4}[^ ]", line))
-        parts.append(f"{text} {options}".strip().rstrip("."))
-    return "; ".join([*parts, f"see `{prog} --help`"])
-
-
-def _numbers(text: str, flag: str, names: Sequence[str]) -> list[float]:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if len(values) != len(names):
-        raise ValueError(f"{flag} takes {','.join(names)}, numbers with commas, not {text!r}")
-    return values
-
-
 def _keep_freed_memory() -> None:
     """Makes glibc keep what is freed: on CPU, XLA allocates a step's buffers anew each time.
 
@@ -373,24 +329,6 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):  # arenas, mmaps, trim threshold
             mallopt(option, value)
-
-
-class _Notices(logging.Handler):
-    """The library's notices, a line each, above the progress bar."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__()
-        self._console = console
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Prints one notice."""
-        self._console.print(f"{record.levelname.lower()}: {record.getMessage()}")
-
-
-def _send_notices_to(console: Console) -> None:
-    logger = logging.getLogger("samjax")
-    logger.handlers = [_Notices(console)]
-    logger.propagate = False  # other libraries give the root logger a handler of their own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -404,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs = _verbs()
     if arguments[0] not in verbs:
         return _fail(f"unknown verb {arguments[0]!r}; samjax has {', '.join(verbs)}")
-    _send_notices_to(console)
+    send_notices_to(console)
     try:
         result, as_json = verbs[arguments[0]](arguments[1:], console)
     except (ValueError, OSError, RuntimeError) as error:

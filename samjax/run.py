@@ -29,7 +29,7 @@ from samjax.evaluation.evaluate import Evaluation, evaluate, make_eval_step
 from samjax.evaluation.gallery import draw_gallery
 from samjax.files import write_beside
 from samjax.models import MODELS, Sam
-from samjax.progress import progress_bar
+from samjax.terminal import progress_bar
 from samjax.training.loop import fit
 from samjax.viz import save_png
 from samjax.weights import params_sha256, read_weights

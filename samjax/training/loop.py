@@ -18,7 +18,7 @@ from samjax.data.pipeline import batches_from, train_batches
 from samjax.data.sources import Source
 from samjax.files import write_beside
 from samjax.models import Sam
-from samjax.progress import progress_bar
+from samjax.terminal import progress_bar
 from samjax.training.checkpoint import Checkpoints
 from samjax.training.step import init_state, make_optimizer, make_train_step, trained_labels
 
