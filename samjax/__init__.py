@@ -1,9 +1,41 @@
 """samjax: the Segment Anything Model in JAX/Flax, made to be fine-tuned with few parameters."""
 
-from samjax.models import MODELS, Prompts, Sam, SamConfig
-from samjax.predictor import SamPredictor
-from samjax.weights import convert, load
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from samjax.loading import load, load_adapted
+    from samjax.models import MODELS, Prompts, Sam, SamConfig
+    from samjax.predictor import SamPredictor
+    from samjax.weights import convert
 
 __version__ = "0.1.0"
 
-__all__ = ["MODELS", "Prompts", "Sam", "SamConfig", "SamPredictor", "convert", "load"]
+__all__ = [
+    "MODELS",
+    "Prompts",
+    "Sam",
+    "SamConfig",
+    "SamPredictor",
+    "convert",
+    "load",
+    "load_adapted",
+]
+
+# Imported when asked for: `weights_convert` needs `samjax.models` alone, and the other way round.
+_MODULES = {
+    "MODELS": "samjax.models",
+    "Prompts": "samjax.models",
+    "Sam": "samjax.models",
+    "SamConfig": "samjax.models",
+    "SamPredictor": "samjax.predictor",
+    "convert": "samjax.weights",
+    "load": "samjax.loading",
+    "load_adapted": "samjax.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'samjax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -116,7 +116,6 @@ class Predict:
             multimask=self.multimask,
             image_size=self.image_size,
             save_logits=self.save_logits,
-            console=console,
         )
 
 
@@ -214,17 +213,17 @@ class Merge:
     def run(self, console: Console) -> dict[str, Any]:
         """Writes the merged weights."""
         from samjax import peft
-        from samjax.models import Sam
-        from samjax.weights import check_destination, read_weights, write_weights
+        from samjax.loading import load_adapted
+        from samjax.weights import check_destination, write_weights
 
         check_destination(self.dst, self.to)
-        adapter = peft.read(self.adapter)
-        config, params = read_weights(self.weights)
-        model = Sam(config.with_image_size(adapter.config.image_size))
-        params, records = peft.apply(adapter, model, params, str(self.adapter))
+        model, params, records = load_adapted(self.weights, self.adapter)
         write_weights(self.dst, model.config, peft.merge(model, params, records), self.to)
+        if self.to == "meta":
+            size = model.config.image_size
+            console.print(f"note: the adapter was trained at {size} px, which this file cannot say")
         console.print(f"{self.adapter} merged into {self.weights}; written to {self.dst}")
-        return {"model": config.name, "dst": str(self.dst), "to": self.to}
+        return {"model": model.config.name, "dst": str(self.dst), "to": self.to}
 
 
 def _run_train(argv: list[str], console: Console) -> tuple[dict[str, Any], bool]:
@@ -257,11 +256,7 @@ def _run_eval(argv: list[str], console: Console) -> tuple[dict[str, Any], bool]:
         csv = args.csv
         _check_parent(csv)
         experiment.prepare(args.config, console)
-        source = run.open_source(args.config, args.split)
-        model, params = run.open_model(args.config)
-        title = f"evaluating {args.split}"
-        variables = {"params": params}
-        result = run.evaluate_source(args.config, model, variables, source, console, title)
+        result = run.evaluate_weights(args.config, args.split, console)
     if csv is not None:
         result.write_csv(csv)
     summary = {**result.mean, "images": len(result.names), "csv": str(csv) if csv else None}
@@ -325,6 +320,8 @@ def _keep_freed_memory() -> None:
     Returned to the system, gigabytes of them would be faulted in again page by page at every step:
     a fifth of the time of a LoRA step of LiteMedSAM.
     """
+    if sys.platform != "linux":
+        return
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):  # arenas, mmaps, trim threshold
@@ -333,7 +330,8 @@ def _keep_freed_memory() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
-    _keep_freed_memory()
+    if argv is None:  # a program of its own, not a call from one
+        _keep_freed_memory()
     arguments = list(sys.argv[1:] if argv is None else argv)
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     if not arguments or arguments[0] in ("-h", "--help", "help"):

@@ -6,12 +6,14 @@ It may also have `prepare(config, console)`, which fetches what the run needs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -85,6 +87,10 @@ class Config:
             raise ValueError(
                 f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}"
             )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2**32), not {self.seed}")
+        if not math.isfinite(self.epochs):
+            raise ValueError(f"epochs must be finite, not {self.epochs}; --steps sets the steps")
         if (self.steps is not None and self.steps < 1) or not self.epochs > 0 or self.gallery < 1:
             raise ValueError("steps, epochs and gallery must be positive")
 
@@ -143,16 +149,27 @@ def load_experiment(path: str | Path) -> Experiment:
         raise ValueError(f"{path} is no Python file; an experiment defines config() -> Config")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    try:
+    with _failures_of(path):
         spec.loader.exec_module(module)
         config = module.config() if hasattr(module, "config") else None
-    # It is a user's program: whatever it raises means the same.
-    except Exception as error:
-        raise ValueError(f"{path} fails with {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise ValueError(f"{path} defines no function config() -> samjax.config.Config")
-    prepare = getattr(module, "prepare", lambda config, console: None)
+
+    def prepare(config: Config, console: Console) -> None:
+        if hasattr(module, "prepare"):
+            with _failures_of(path):
+                module.prepare(config, console)
+
     return Experiment((module.__doc__ or "").strip(), config, prepare)
+
+
+@contextlib.contextmanager
+def _failures_of(path: Path) -> Iterator[None]:
+    """An experiment is a user's program: whatever it raises means the same."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path} fails with {type(error).__name__}: {error}") from error
 
 
 def read_run_config(run: Path) -> Config:

@@ -142,9 +142,9 @@ class Dense(nn.Module):
 
 
 class Conv(nn.Module):
-    """A 2-D convolution (NHWC, kernel HWIO, padding (k - 1) / 2 unless strided), and a site.
+    """A 2-D convolution (NHWC, kernel HWIO), and a site.
 
-    A kernel as large as its stride (patch embedding) takes no padding.
+    Padding is (k - 1) / 2, but a kernel as large as its stride (patch embedding) takes none.
     """
 
     features: int

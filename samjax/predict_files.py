@@ -8,16 +8,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 
-from samjax import peft as peft_lib
 from samjax.data.prompts import encode_prompt
 from samjax.data.sources import read_image
 from samjax.files import write_beside
-from samjax.models import Sam
+from samjax.loading import load, load_adapted
 from samjax.predictor import SamPredictor, check_inside
 from samjax.viz import overlay, save_png
-from samjax.weights import read_weights
 
 
 def predict_files(
@@ -31,7 +28,6 @@ def predict_files(
     multimask: bool = False,
     image_size: int | None = None,
     save_logits: bool = False,
-    console: Console,
 ) -> dict[str, Any]:
     """Writes mask_PROMPT_MASK.png, overlay.png and, on request, logits.npz into `out`.
 
@@ -48,7 +44,7 @@ def predict_files(
         raise FileExistsError(f"{out} is a file; choose a folder with --out")
     image = read_image(image_path)
     _check_prompts(points, boxes, image.shape[:2])
-    predictor = open_predictor(weights, adapter, image_size, console)
+    predictor = open_predictor(weights, adapter, image_size)
     predictor.set_image(image)
     masks, iou, low_res = _predict(predictor, points, boxes, multimask)
 
@@ -79,18 +75,11 @@ def predict_files(
     return result
 
 
-def open_predictor(
-    weights: str, adapter: Path | None, image_size: int | None, console: Console
-) -> SamPredictor:
-    """A predictor with an adapter in place; its input size is the adapter's unless one is given."""
-    config, params = read_weights(weights)
+def open_predictor(weights: str, adapter: Path | None, image_size: int | None) -> SamPredictor:
+    """A predictor, with an adapter in place where one is given."""
     if adapter is None:
-        return SamPredictor(Sam(config.with_image_size(image_size)), params)
-    file = peft_lib.read(adapter)
-    model = Sam(config.with_image_size(image_size or file.config.image_size))
-    params, records = peft_lib.apply(file, model, params, str(adapter))
-    console.print(f"{adapter}: {file.metadata.get('method', 'adapter')} for {config.name}")
-    return SamPredictor(model, params, records)
+        return SamPredictor(*load(weights, image_size))
+    return SamPredictor(*load_adapted(weights, adapter, image_size))
 
 
 def _check_prompts(

@@ -99,7 +99,7 @@ def scale_coords(
     return np.asarray(coords, np.float64) * (new_width / width, new_height / height)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=16)
 def interpolation_matrix(size_in: int, size_out: int) -> Float[np.ndarray, "n m"]:
     """One axis of torch's `F.interpolate(mode="bilinear", align_corners=False)` as a matrix."""
     source = np.maximum((np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5, 0.0)

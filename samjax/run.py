@@ -12,12 +12,12 @@ summary.json         what `samjax train --json` prints
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -25,14 +25,15 @@ from samjax import peft as peft_lib
 from samjax.config import Config, read_run_config
 from samjax.data.pipeline import eval_batches
 from samjax.data.sources import FolderSource, Source
-from samjax.evaluation.evaluate import Evaluation, evaluate, make_eval_step
+from samjax.evaluation.evaluate import Evaluation, evaluate
 from samjax.evaluation.gallery import draw_gallery
 from samjax.files import write_beside
+from samjax.loading import load, load_adapted
 from samjax.models import MODELS, Sam
 from samjax.terminal import progress_bar
 from samjax.training.loop import fit
 from samjax.viz import save_png
-from samjax.weights import params_sha256, read_weights
+from samjax.weights import params_sha256
 
 ADAPTER = "adapter.safetensors"
 
@@ -44,20 +45,29 @@ def open_source(config: Config, split: str) -> FolderSource:
     return FolderSource(config.data, split, seed=config.seed, fractions=config.fractions)
 
 
-def open_model(config: Config) -> tuple[Sam, Any]:
-    """The run's model and base parameters. Raises ValueError where they are not what it asks."""
+def open_model(config: Config, adapter: Path | None = None) -> tuple[Sam, Any]:
+    """The run's model and its variables, with an adapter in place where one is given.
+
+    Raises FileNotFoundError, or ValueError where the weights are not what the run asks for.
+    """
     if not config.weights:
         raise ValueError("no weights: pass --weights FILE, a SAM checkpoint")
     if config.model != "auto" and config.model not in MODELS:
         raise ValueError(f"unknown model {config.model!r}; known are auto, {', '.join(MODELS)}")
-    sam_config, params = read_weights(config.weights)
-    if config.model not in ("auto", sam_config.name):
-        raise ValueError(
-            f"{config.weights} holds {sam_config.name}, but the run asks for {config.model}; pass "
-            f"--model {sam_config.name} or other weights"
+    options: dict[str, Any] = {"attention": config.attention, "dtype": config.dtype}
+    variables: dict[str, Any] = {}
+    if adapter is None:
+        model, variables["params"] = load(config.weights, config.image_size, **options)
+    else:
+        model, variables["params"], variables["peft"] = load_adapted(
+            config.weights, adapter, config.image_size, **options
         )
-    sam_config = sam_config.with_image_size(config.image_size)
-    return Sam(sam_config, config.attention, jnp.dtype(config.dtype)), params
+    if config.model not in ("auto", model.config.name):
+        raise ValueError(
+            f"{config.weights} holds {model.config.name}, but the run asks for {config.model}; "
+            f"pass --model {model.config.name} or other weights"
+        )
+    return model, variables
 
 
 def evaluate_source(
@@ -76,16 +86,22 @@ def evaluate_source(
         def advance(batch: dict[str, Any], masks: np.ndarray) -> None:
             bar.advance(task, int(batch["valid"].sum()))
 
-        return evaluate(make_eval_step(model), model, variables, batches, advance)
+        return evaluate(model, variables, batches, advance)
 
 
 def evaluate_run(run: Path, split: str, console: Console) -> Evaluation:
     """Evaluates a finished run's model on one split of its data."""
-    config = read_run_config(run)
+    return _evaluate(read_run_config(run), split, console, run / ADAPTER)
+
+
+def evaluate_weights(config: Config, split: str, console: Console) -> Evaluation:
+    """Evaluates a run's weights as they are, without training, on one split of its data."""
+    return _evaluate(config, split, console, None)
+
+
+def _evaluate(config: Config, split: str, console: Console, adapter: Path | None) -> Evaluation:
     source = open_source(config, split)
-    model, params = open_model(config)
-    params, adapter = peft_lib.load(run / ADAPTER, model, params)
-    variables = jax.device_put({"params": params, "peft": adapter})
+    model, variables = open_model(config, adapter)
     return evaluate_source(config, model, variables, source, console, f"evaluating {split}")
 
 
@@ -103,14 +119,22 @@ def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[
         return json.loads((out / "summary.json").read_text())
     spec = config.method.spec()
     train_source, test_source = open_source(config, "train"), open_source(config, "test")
-    model, params = open_model(config)
+    model, variables = open_model(config)
+    params = variables["params"]
     console.print(f"{model.config.name} at {model.config.image_size} px, {config.weights}")
     console.print(str(peft_lib.report(spec, model)))
     console.print(f"{len(train_source)} training and {len(test_source)} test images, {config.data}")
     base_sha256 = params_sha256(params)
+    inputs = {
+        "weights": base_sha256,
+        "train": _names_sha256(train_source),
+        "test": _names_sha256(test_source),
+    }
+    _check_inputs(out, inputs, config)
     adapters = peft_lib.attach(spec, model, params, jax.random.key(config.seed))
     base = jax.device_put({"params": params, "peft": adapters})
     out.mkdir(parents=True, exist_ok=True)
+    _write_json(out / "inputs.json", inputs)
     _write_json(out / "config.json", config.to_json())
 
     def evaluation(variables: Any, when: str) -> Evaluation:
@@ -152,6 +176,25 @@ def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[
     return summary
 
 
+def _names_sha256(source: FolderSource) -> str:
+    return hashlib.sha256("\n".join(source.names).encode()).hexdigest()
+
+
+def _check_inputs(out: Path, inputs: dict[str, str], config: Config) -> None:
+    """Raises ValueError where a resumed run would go on with other weights or images."""
+    file = out / "inputs.json"
+    if not file.is_file():
+        return
+    stored = json.loads(file.read_text())
+    changed = [name for name, digest in inputs.items() if stored.get(name) != digest]
+    if changed:
+        what = config.weights if "weights" in changed else f"the {changed[0]} images"
+        raise ValueError(
+            f"cannot resume {out}: {what} changed since it started; restore them, or start anew in "
+            "another folder"
+        )
+
+
 def with_absolute_paths(config: Config) -> Config:
     """The config with paths that hold from any folder, so that a run can be evaluated anywhere."""
     absolute = {
@@ -167,7 +210,8 @@ def check_out(config: Config, out: Path, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; choose a folder with --out")
     if not resume:
-        if out.is_dir() and any(out.iterdir()):
+        # Hidden files are what a killed run may leave of a file that it was writing.
+        if out.is_dir() and any(not file.name.startswith(".") for file in out.iterdir()):
             raise FileExistsError(f"{out} is not empty; pass --resume to go on, or another --out")
         return
     if not (out / "config.json").is_file():

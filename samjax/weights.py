@@ -18,7 +18,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 from samjax.files import write_beside
-from samjax.models import Sam, SamConfig
+from samjax.models import SamConfig
 from weights_convert import CheckpointError, from_params, read_tensors, recognise, to_params
 from weights_convert.errors import told
 
@@ -28,17 +28,6 @@ PathLike = str | os.PathLike[str]
 SCHEMA = 1
 _CONFIG = "config.json"
 _PARAMS = "params"
-
-
-def load(weights: PathLike, image_size: int | None = None) -> tuple[Sam, Params]:
-    """The model and its parameters from a samjax checkpoint, a `.pth` or a `.safetensors` file.
-
-    `image_size`: the side of the model's input in pixels; None keeps the checkpoint's own.
-    Parameters are numpy arrays in the checkpoint's dtype: nothing is on a device yet. Raises
-    FileNotFoundError, or ValueError with one sentence on what is wrong.
-    """
-    config, params = read_weights(weights)
-    return Sam(config.with_image_size(image_size)), params
 
 
 def read_weights(path: PathLike) -> tuple[SamConfig, Params]:

@@ -178,3 +178,17 @@ def _stub_torchvision() -> None:
         if parent:
             setattr(sys.modules[parent], child, module)
         vars(module).update(functions)
+
+
+@pytest.fixture
+def report_lines(request) -> list[str]:
+    """Lines that a test adds here are printed at the end of the run, captured or not."""
+    return request.config.stash.setdefault(_REPORT, [])
+
+
+_REPORT = pytest.StashKey[list[str]]()
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    for line in config.stash.get(_REPORT, []):
+        terminalreporter.write_line(line)

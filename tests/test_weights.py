@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from samjax import weights
+from samjax import load, weights
 from samjax.models import MODELS, Sam, SamConfig, VitConfig
 from weights_convert import expected_shapes, from_params, read_tensors
 from weights_convert.table import from_samjax
@@ -115,7 +115,7 @@ def test_damaged_checkpoints_are_refused(tmp_path):
         shutil.copytree(tmp_path / "good", tmp_path / "bad")
         change(tmp_path / "bad")
         with pytest.raises(error, match=match) as info:
-            weights.load(tmp_path / "bad")
+            load(tmp_path / "bad")
         assert "\n" not in str(info.value) and "bad" in str(info.value)
         shutil.rmtree(tmp_path / "bad")
 
@@ -140,7 +140,7 @@ def test_damaged_checkpoints_are_refused(tmp_path):
     refused(lambda p: (p / "params/_METADATA").write_text("{}"), "_METADATA is not the file that")
     refused(other_params, "is not the file that|file is missing or")
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        weights.load(tmp_path / "none")
+        load(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         weights.load_checkpoint(tmp_path / "none")
 
@@ -192,14 +192,14 @@ def test_convert_there_and_back(vit_t_file, tmp_path):
 
 
 def test_load_gives_a_model_and_its_params(vit_t_file):
-    model, params = weights.load(vit_t_file)
+    model, params = load(vit_t_file)
     assert isinstance(model, Sam) and model.config == MODELS["vit_t"]
     shapes = {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
     assert shapes == expected_shapes(MODELS["vit_t"])
-    model, _ = weights.load(str(vit_t_file), image_size=512)
+    model, _ = load(str(vit_t_file), image_size=512)
     assert model.config == MODELS["vit_t"].with_image_size(512)
     with pytest.raises(ValueError, match="image_size 500"):
-        weights.load(vit_t_file, image_size=500)
+        load(vit_t_file, image_size=500)
 
 
 def test_a_bad_source_is_named_and_nothing_is_written(vit_t_file, tmp_path):

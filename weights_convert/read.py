@@ -70,5 +70,5 @@ def _what_else(head: bytes) -> str:
 def _without_prefix(path: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     if not all(name.startswith(_PREFIX) for name in tensors):
         return tensors
-    _LOG.info("%s: dropping %r before every name", path, _PREFIX)
+    _LOG.warning("%s: dropping %r before every name", path, _PREFIX)
     return {name.removeprefix(_PREFIX): array for name, array in tensors.items()}

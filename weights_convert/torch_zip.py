@@ -71,7 +71,7 @@ def _state_dict(path: Path, tree: Any) -> dict[str, TensorRef]:
     if isinstance(tree, dict) and not any(isinstance(v, TensorRef) for v in tree.values()):
         wrapped = [key for key in WRAPPERS if isinstance(tree.get(key), dict)]
         if len(wrapped) == 1:
-            _LOG.info("%s: reading the state dict under %r", path, wrapped[0])
+            _LOG.warning("%s: reading the state dict under %r", path, wrapped[0])
             tree = tree[wrapped[0]]
         elif wrapped:
             raise CheckpointError(

@@ -7,6 +7,7 @@ large one opens quickly; pixels are decoded when a sample is asked for.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -59,9 +60,9 @@ class FolderSource:
 
     - palette colours other than black, and whatever is not transparent, are the object;
     - one or two values, {0, 1}, {0, 255}, {0, x}: the object is where the value exceeds 0;
-    - more values, all at most 127 or in a 16-bit file: a label image, the object is where the label
-      exceeds 0 (a notice says so once);
-    - otherwise, and for JPEG, lossy: the object is where the value exceeds 127 (one notice).
+    - more values in a JPEG, or a grey image that is black and white but for one pixel in ten:
+      lossy or blurred, the object is where the value exceeds 127 (a notice says so once);
+    - otherwise a label image: the object is where the label exceeds 0 (one notice).
 
     Raises ValueError, naming the thing and the fix, for a missing folder, an unknown split, files
     without a partner, two files with one stem and an empty split; and on access for a file that
@@ -136,7 +137,9 @@ def read_mask(file: Path) -> tuple[Bool[np.ndarray, "h w"], str | None]:
         # A JPEG of one value is the inside or the outside of an object, give or take an error.
         is_lossy = image.format == "JPEG" and len(present) == 1
         return (values > 127 if is_lossy else values > 0), None
-    if is_label_image or (image.format != "JPEG" and present[-1] <= 127):
+    # Blurred edges aside, a mask in grey is black and white; labels are anything else.
+    is_grey_mask = np.mean((values > 16) & (values < 239)) < 0.1 and present[-1] >= 239
+    if is_label_image or (image.format != "JPEG" and not is_grey_mask):
         return values > 0, "is a label image: every label above 0 becomes the object"
     return values > 127, "is not binary (lossy compression?): it is thresholded at > 127"
 
@@ -165,7 +168,18 @@ def _sixteen_to_eight_bits(
             f"{file} holds values from {values.min()} to {values.max()}, outside of 16 bits: "
             "save it with 8 or 16 bits a channel"
         )
+    if values.max() < 4096:
+        _notice_dark(file.parent)
     return np.round(values / 257).astype(np.uint8)
+
+
+@functools.cache
+def _notice_dark(folder: Path) -> None:
+    _logger.warning(
+        "%s holds 16-bit images that use 12 bits or less: they become nearly black; stretch them "
+        "to the full range first",
+        folder,
+    )
 
 
 def _mask_values(image: Image.Image) -> tuple[Shaped[np.ndarray, "h w"], bool]:
@@ -175,6 +189,9 @@ def _mask_values(image: Image.Image) -> tuple[Shaped[np.ndarray, "h w"], bool]:
     if image.mode in ("1", "L") and "transparency" not in image.info:
         return np.asarray(image.convert("L")), False
     colours = np.asarray(image.convert("RGBA"))
+    visible = colours[..., 3] > 0
+    if not visible.all() and len(np.unique(colours[visible], axis=0)) <= 1:
+        return visible, False  # one colour, maybe black, on a transparent ground
     # The brightest channel, since the luma of pure blue (29) would not pass a threshold.
     values = np.where(colours[..., 3] > 0, colours[..., :3].max(axis=-1), 0)
     is_grey = bool((colours[..., :1] == colours[..., :3]).all())

@@ -52,42 +52,43 @@ class Evaluation:
         return Evaluation(columns[0], {k: np.array(v, np.float64) for k, v in values})
 
 
-@functools.lru_cache(maxsize=4)
-def make_eval_step(model: Sam) -> Callable[..., tuple[dict[str, Any], Any]]:
-    """`step(variables, batch, rows, columns, truth) -> (metrics per image, masks)`, compiled.
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(model: Sam, variables: Any, batch: dict[str, Any]) -> Any:
+    prompts = Prompts(batch["coords"], batch["labels"])
+    logits, _ = model.apply(variables, batch["image"], batch["input_size"], prompts)
+    return logits[:, 0]
+
+
+@jax.jit
+def _measure(logits: Any, rows: Any, columns: Any, truth: Any) -> tuple[dict[str, Any], Any]:
+    """Metrics and masks at the images' own resolutions, padded to a common size.
 
     `rows` (b, h, l) and `columns` (b, w, l) are the post-processing matrices of each image, zero
-    where it is smaller than (h, w); `truth` (b, h, w) is False there. Equal models share a step, so
-    that a run's evaluations and its gallery compile once.
+    where it is smaller than (h, w); `truth` (b, h, w) is False there.
     """
-
-    def step(variables: Any, batch: Any, rows: Any, columns: Any, truth: Any) -> Any:
-        prompts = Prompts(batch["coords"], batch["labels"])
-        logits, _ = model.apply(variables, batch["image"], batch["input_size"], prompts)
-        full = jnp.einsum("bih,bhw,bjw->bij", rows, logits[:, 0], columns, precision="highest")
-        masks = full > MASK_THRESHOLD
-        return overlap(masks, truth), masks
-
-    return jax.jit(step)
+    full = jnp.einsum("bih,bhw,bjw->bij", rows, logits, columns, precision="highest")
+    masks = full > MASK_THRESHOLD
+    return overlap(masks, truth), masks
 
 
 def evaluate(
-    step: Callable[..., tuple[dict[str, Any], Any]],
     model: Sam,
     variables: Any,
     batches: Iterator[dict[str, Any]],
     on_batch: Callable[[dict[str, Any], np.ndarray], None] = lambda batch, masks: None,
 ) -> Evaluation:
-    """Runs `make_eval_step`'s step over `samjax.data.pipeline.eval_batches`.
+    """Runs a model over `samjax.data.pipeline.eval_batches`; mask 0 of each prompt counts.
 
-    `on_batch(batch, masks)` sees each batch with its predicted masks (b, h, w), padded below and to
-    the right to a common size.
+    The model compiles once, whatever the sizes of the images. `on_batch(batch, masks)` sees each
+    batch with its predicted masks (b, h, w), padded below and to the right to a common size.
     """
+    variables = jax.device_put(variables)
     names: list[str] = []
     collected: dict[str, list[np.ndarray]] = {}
     for batch in batches:
         inputs = {key: batch[key] for key in ("image", "input_size", "coords", "labels")}
-        metrics, masks = step(variables, inputs, *_postprocessing(model, batch))
+        logits = _predict(model, variables, inputs)
+        metrics, masks = _measure(logits, *_postprocessing(model, batch))
         valid = batch["valid"]
         names += [name for name, use in zip(batch["names"], valid, strict=True) if use]
         for key, values in metrics.items():

@@ -10,7 +10,7 @@ from PIL import Image
 from samjax.config import Config
 from samjax.data.pipeline import eval_batches
 from samjax.data.sources import Sample, Source
-from samjax.evaluation.evaluate import evaluate, make_eval_step
+from samjax.evaluation.evaluate import evaluate
 from samjax.models import Sam
 from samjax.viz import TRUTH_COLOR, gallery, overlay
 
@@ -35,7 +35,6 @@ def draw_gallery(
 ) -> Image.Image:
     """`config.gallery` images of a source, with the masks of each of `versions` (variables)."""
     chosen = Chosen(source, config.gallery)
-    step = make_eval_step(model)
     samples = [chosen[i] for i in range(len(chosen))]
     rows = [[s.image, overlay(s.image, s.mask, TRUTH_COLOR)] for s in samples]
     captions = [["", ""] for _ in samples]
@@ -52,7 +51,7 @@ def draw_gallery(
             batch_size=config.eval_batch_size,
             prompts_for=config.eval_prompt,
         )
-        dice = evaluate(step, model, variables, batches, collect).per_image["dice"]
+        dice = evaluate(model, variables, batches, collect).per_image["dice"]
         for i, sample in enumerate(samples):
             rows[i].append(overlay(sample.image, masks[i]))
             captions[i].append(f"Dice {dice[i]:.3f}")

@@ -62,7 +62,8 @@ def save(
     """Writes every trained leaf of `variables` ({"params", "peft"}) and all of its records.
 
     `base_sha256` is `samjax.weights.params_sha256` of the params before training. Raises
-    FileNotFoundError where the folder does not exist. An existing file is replaced, atomically.
+    FileNotFoundError where the folder does not exist, ValueError for numbers that are not finite.
+    An existing file is replaced, atomically.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -72,6 +73,9 @@ def save(
     tensors |= {f"peft/{k}": v for k, v in _flatten(variables["peft"]).items()}
     # Not np.ascontiguousarray, which makes a number an array of one.
     tensors = {k: np.asarray(v, order="C") for k, v in tensors.items()}
+    for key, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"{key} is not finite: {path} is not written; lower the learning rate")
     record = {
         "schema": SCHEMA,
         "spec": spec.to_json(),

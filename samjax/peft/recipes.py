@@ -52,6 +52,10 @@ def decoder(config: MethodConfig) -> PeftSpec:
     """The mask decoder alone; the encoder stays as it is."""
     if not config.train_decoder:
         raise ValueError("method 'decoder' trains nothing when train_decoder is off")
+    unused = MethodConfig(method=config.method)
+    for field in dataclasses.fields(config):
+        if getattr(config, field.name) != getattr(unused, field.name):
+            raise ValueError(f"method 'decoder' has no setting {field.name}; leave it out")
     return PeftSpec((TRAIN_DECODER,))
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import signal
 import statistics
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from rich.console import Console
 from samjax import peft as peft_lib
 from samjax.config import Config
 from samjax.data.pipeline import batches_from, train_batches
-from samjax.data.sources import Source
+from samjax.data.sources import FolderSource
 from samjax.files import write_beside
 from samjax.models import Sam
 from samjax.terminal import progress_bar
@@ -34,7 +37,7 @@ def fit(
     model: Sam,
     spec: peft_lib.PeftSpec,
     base: Any,
-    source: Source,
+    source: FolderSource,
     out: Path,
     console: Console,
 ) -> tuple[Any, float | None]:
@@ -43,7 +46,7 @@ def fit(
     Batch i is a function of the seed and i alone and so is its randomness: a run that was killed
     and resumed ends bit-equal to one that was not. Returns the trained variables and the median
     seconds a step took (None where no interval was timed). Raises Interrupted on Ctrl-C, after
-    saving.
+    saving, and ValueError where a loss is not finite.
     """
     steps = config.num_steps(len(source))
     train_leaves, frozen = peft_lib.partition(base, peft_lib.trainable(spec, model, base))
@@ -66,7 +69,7 @@ def fit(
     if start:
         console.print(f"resuming after step {start}")
     log = MetricsLog(out / "metrics.jsonl", start)
-    with progress_bar(console) as bar:
+    with progress_bar(console) as bar, StopRequest() as stop:
         task = bar.add_task("training", total=steps, completed=start, note="")
         try:
             for step, batch in enumerate(batches_from(dataset, start, steps), start + 1):
@@ -75,21 +78,58 @@ def fit(
                     jax.block_until_ready(logs)
                     log.restart_clock(step)
                 bar.advance(task)
-                if step % config.log_every == 0 or step == steps:
+                saves = step % config.checkpoint_every == 0 or step == steps or stop.requested
+                if saves or step % config.log_every == 0:
                     values = {key: float(value) for key, value in logs.items()}
+                    check_finite(values, step, [source.names[i] for i in batch["index"]])
                     log.write(step, values)
                     bar.update(task, note=f"loss {values['loss']:.4f}")
-                if step % config.checkpoint_every == 0 or step == steps:
+                if saves:
                     checkpoints.save(state)
-        except KeyboardInterrupt:
-            checkpoints.save(state)
-            raise Interrupted(
-                f"stopped after step {int(state.step)} of {steps}; the same command with --resume "
-                "goes on"
-            ) from None
+                if stop.requested and step < steps:
+                    raise Interrupted(
+                        f"stopped after step {step} of {steps}; the same command with --resume "
+                        "goes on"
+                    )
         finally:
             checkpoints.close()
     return peft_lib.combine(state.train, frozen), log.seconds_per_step()
+
+
+def check_finite(values: dict[str, float], step: int, names: list[str]) -> None:
+    """Raises ValueError where a loss or the gradient's norm is NaN or infinite."""
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise ValueError(
+            f"{bad[0]} is not finite at step {step} (images {', '.join(names)}); the last "
+            "checkpoint is good: lower the learning rate and start anew, or look at these images"
+        )
+
+
+class StopRequest:
+    """Turns Ctrl-C and SIGTERM into a flag that is read between steps; a second one stops at once.
+
+    A step donates its state: to be interrupted within it would lose both the old and the new one.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
 
 
 class MetricsLog:

@@ -1,6 +1,7 @@
 """Losses on mask logits, in float32, at the truth's resolution.
 
-The truth never shrinks: logits go up to its size, bilinearly, as in SAM's post-processing.
+The truth lies on the model's padded input, and logits go up to it, bilinearly, as in SAM's
+post-processing.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ def mask_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """BCE + Dice of one mask per image, plus the squared error of its predicted IoU.
 
-    `truth` lies on the model's padded input, `valid` is False on the padding. The IoU term trains
-    SAM's IoU head alone: its target is the actual IoU of the thresholded mask. Returns the mean
-    over the batch and each term.
+    `truth` lies on the model's padded input, `valid` is False on the padding. The target
+    of the IoU term is the actual IoU of the thresholded mask; its gradient reaches the IoU head
+    and, as in SAM's training, what precedes it. Returns the mean over the batch and each term.
     """
     logits = upsample(low_res_logits, truth.shape[1:])
     predicted = (logits > MASK_THRESHOLD) & valid

@@ -7,6 +7,7 @@ state exists for them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,11 +40,13 @@ class OptimizerConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0 or not (self.decoder_learning_rate or 1) > 0:
-            raise ValueError("learning_rate and decoder_learning_rate must be positive")
+        for name in ("learning_rate", "decoder_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be positive and finite, not {value}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a share of all steps in [0, 1), not {self.warmup}")
-        if not self.clip > 0 or self.weight_decay < 0:
+        if not self.clip > 0 or not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
             raise ValueError("clip must be positive and weight_decay not negative")
 
 
@@ -62,7 +65,8 @@ def make_optimizer(
         )
         return optax.adamw(schedule, weight_decay=config.weight_decay)
 
-    peaks = {"decoder": config.decoder_learning_rate or config.learning_rate}
+    decoder = config.decoder_learning_rate
+    peaks = {} if decoder is None else {"decoder": decoder}
     present = set(jax.tree.leaves(labels))
     by_group = {name: adamw(peaks.get(name, config.learning_rate)) for name in present}
     return optax.chain(optax.clip_by_global_norm(config.clip), optax.partition(by_group, labels))

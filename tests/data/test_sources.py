@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samjax.data.sources import FolderSource, Source
+from samjax.data.sources import FolderSource, Source, read_image, read_mask
 
 
 def write(file, array, mode=None, **options):
@@ -148,7 +148,7 @@ def test_exif_orientation_is_applied(tmp_path):
         ([0, 0, 0], [0, 0, 0], None),
         ([255, 255, 255], [1, 1, 1], None),
         ([0, 1, 2, 3], [0, 1, 1, 1], "label image"),
-        ([0, 127, 128, 255], [0, 0, 1, 1], "not binary"),
+        ([0] * 20 + [127, 128] + [255] * 20, [0] * 21 + [1] * 21, "not binary"),
         ([254, 255, 254], [1, 1, 1], "not binary"),
         (np.array([0, 1, 900], np.uint16), [0, 1, 1], "label image"),
     ],
@@ -209,3 +209,34 @@ def test_broken_files_are_named(tmp_path, kind):
     file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(ValueError, match=rf"{kind}.a\.png cannot be decoded"):
         only_sample(tmp_path)
+
+
+def test_one_colour_on_a_transparent_ground_is_the_object(tmp_path):
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[2:5, 3:6, 3] = 255  # black and opaque
+    Image.fromarray(pixels).save(tmp_path / "m.png")
+    mask, notice = read_mask(tmp_path / "m.png")
+    assert mask.sum() == 9 and mask[2:5, 3:6].all() and notice is None
+
+
+def test_labels_above_127_are_labels(tmp_path):
+    labels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    Image.fromarray(labels).save(tmp_path / "m.png")
+    mask, notice = read_mask(tmp_path / "m.png")
+    assert mask.sum() == 63 and "label image" in notice
+
+
+def test_blurred_edges_are_thresholded(tmp_path):
+    pixels = np.zeros((40, 40), np.uint8)
+    pixels[10:30, 10:30] = 255
+    pixels[10, 10:30] = 100
+    pixels[29, 10:30] = 200
+    Image.fromarray(pixels).save(tmp_path / "m.png")
+    mask, notice = read_mask(tmp_path / "m.png")
+    assert mask.sum() == 19 * 20 and "thresholded" in notice
+
+
+def test_dark_16_bit_images_are_named(tmp_path, caplog):
+    Image.fromarray(np.full((4, 4), 4000, np.uint16)).save(tmp_path / "i.png")
+    read_image(tmp_path / "i.png")
+    assert "12 bits or less" in caplog.text

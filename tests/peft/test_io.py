@@ -105,6 +105,24 @@ def test_another_architecture_is_refused(saved, small_model):
         peft.load(saved, Sam(config), {})
 
 
+def test_save_then_load(saved, small_model, small_params):
+    params, tree = peft.load(saved, small_model, small_params)
+    expected = peft.attach(MethodConfig().spec(), small_model, small_params, jax.random.key(0))
+    assert jax.tree.structure(tree) == jax.tree.structure(expected)
+    assert jax.tree.all(jax.tree.map(np.array_equal, tree, expected))
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, small_params))
+
+
+def test_numbers_that_are_not_finite_are_not_written(tmp_path, small_model, small_params):
+    tree = peft.attach(MethodConfig().spec(), small_model, small_params, jax.random.key(0))
+    tree = jax.tree.map(lambda x: x + np.nan, tree)
+    with pytest.raises(ValueError, match="is not finite"):
+        variables = {"params": small_params, "peft": tree}
+        spec = MethodConfig().spec()
+        peft.save(tmp_path / "a.safetensors", spec, small_model, variables, "0")
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_folder_no_file(tmp_path, small_model, small_params):
     variables = {"params": small_params, "peft": {}}
     with pytest.raises(FileNotFoundError, match="does not exist"):

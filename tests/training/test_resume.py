@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from samjax.cli import main
 from samjax.training.checkpoint import Checkpoints
-from samjax.training.loop import MetricsLog
+from samjax.training.loop import MetricsLog, check_finite
 from samjax.training.step import TrainState
 from samjax.weights import save_checkpoint
 
@@ -98,6 +99,48 @@ def test_sigkill_in_mid_epoch(experiment, tmp_path):
     for log in logs:
         assert [line["step"] for line in log] == list(range(1, 25))
     assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
+
+
+def test_ctrl_c_saves_and_goes_on(experiment, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        command(experiment, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.time() + 300
+    while steps_done(out) < 7 and process.poll() is None:
+        assert time.time() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == 1
+    last = messages.strip().splitlines()[-1]
+    assert last.startswith("samjax: stopped after step ") and "--resume" in last
+    step = int(last.split("step ")[1].split()[0])
+    assert step % 5 or step < 24  # not only where a checkpoint was due anyway
+    done = subprocess.run(
+        command(experiment, out, "--resume"), check=True, capture_output=True, text=True
+    )
+    assert f"resuming after step {step}" in done.stderr
+
+
+def test_resume_refuses_other_images(experiment, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(command(experiment, out)[3:]) == 0
+    (out / "summary.json").unlink()
+    inputs = json.loads((out / "inputs.json").read_text())
+    (out / "inputs.json").write_text(json.dumps(inputs | {"train": "other"}))
+    assert main(command(experiment, out, "--resume")[3:]) == 1
+    assert "the train images changed since it started" in capsys.readouterr().err
+    (out / "inputs.json").write_text(json.dumps(inputs | {"weights": "other"}))
+    assert main(command(experiment, out, "--resume")[3:]) == 1
+    assert "weights changed since it started" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    check_finite({"loss": 1.0, "grad_norm": 2.0}, 3, ["a"])
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"grad_norm is not finite at step 3 \(images a, b\)"):
+            check_finite({"loss": 1.0, "grad_norm": bad}, 3, ["a", "b"])
 
 
 def test_a_cut_log_line_is_dropped(tmp_path):

@@ -1,0 +1,58 @@
+"""Models ready to use: weights, an adapter if there is one, the input size, the dtype."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from samjax import peft as peft_lib
+from samjax.models import Sam, SamConfig
+from samjax.models.attention import AttentionKind
+from samjax.weights import read_weights
+
+
+def load(
+    weights: str | os.PathLike[str],
+    image_size: int | None = None,
+    *,
+    attention: AttentionKind = "chunked",
+    dtype: Any = jnp.float32,
+) -> tuple[Sam, dict[str, Any]]:
+    """The model and its parameters from a samjax checkpoint, a `.pth` or a `.safetensors` file.
+
+    `image_size`: the side of the model's input in pixels; None keeps the checkpoint's own. `dtype`
+    is that of the computation. Parameters are float32 numpy arrays, whatever the file holds. Raises
+    FileNotFoundError, or ValueError with one sentence on what is wrong.
+    """
+    config, params = _read(weights)
+    return Sam(config.with_image_size(image_size), attention, jnp.dtype(dtype)), params
+
+
+def load_adapted(
+    weights: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    image_size: int | None = None,
+    *,
+    attention: AttentionKind = "chunked",
+    dtype: Any = jnp.float32,
+) -> tuple[Sam, dict[str, Any], dict[str, Any]]:
+    """`(model, params, peft)` of weights with an adapter in place; raises as `load`.
+
+    The model's input size is the one that the adapter was trained at, unless one is given.
+    """
+    file = peft_lib.read(adapter)
+    config, params = _read(weights)
+    size = image_size or file.config.image_size
+    model = Sam(config.with_image_size(size), attention, jnp.dtype(dtype))
+    params, records = peft_lib.apply(file, model, params, str(adapter))
+    return model, params, records
+
+
+def _read(weights: str | os.PathLike[str]) -> tuple[SamConfig, dict[str, Any]]:
+    config, params = read_weights(Path(weights).expanduser())
+    return config, jax.tree.map(lambda x: np.asarray(x, np.float32), params)

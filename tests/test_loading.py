@@ -1,0 +1,38 @@
+"""`samjax.load` and `samjax.load_adapted`."""
+
+import jax
+import numpy as np
+import pytest
+
+import samjax
+from samjax import peft
+from samjax.peft import MethodConfig
+from samjax.weights import params_sha256, save_checkpoint
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_parameters_are_float32_in_any_case(tmp_path, small_config, small_params, dtype):
+    stored = jax.tree.map(lambda x: x.astype(dtype), small_params)
+    save_checkpoint(tmp_path / "w", small_config, stored)
+    model, params = samjax.load(tmp_path / "w")
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+
+    spec = MethodConfig().spec()
+    adapter = peft.attach(spec, model, params, jax.random.key(0))
+    variables = {"params": params, "peft": adapter}
+    peft.save(tmp_path / "a.safetensors", spec, model, variables, params_sha256(params))
+    _, again, records = samjax.load_adapted(tmp_path / "w", tmp_path / "a.safetensors")
+    assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
+    assert jax.tree.structure(records) == jax.tree.structure(adapter)
+
+
+def test_an_adapter_brings_its_input_size(tmp_path, small_config, small_params):
+    save_checkpoint(tmp_path / "w", small_config, small_params)
+    model, params = samjax.load(tmp_path / "w", image_size=96)
+    spec = MethodConfig().spec()
+    variables = {"params": params, "peft": peft.attach(spec, model, params, jax.random.key(0))}
+    peft.save(tmp_path / "a.safetensors", spec, model, variables, params_sha256(params))
+    assert samjax.load(tmp_path / "w")[0].config.image_size == 128
+    for given, size in ((None, 96), (64, 64)):
+        files = tmp_path / "w", tmp_path / "a.safetensors"
+        assert samjax.load_adapted(*files, image_size=given)[0].config.image_size == size
