@@ -6,8 +6,6 @@ JSON object. An error is one sentence on stderr and an exit code other than 0.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import inspect
 import json
@@ -314,24 +312,8 @@ def _verbs() -> dict[str, Callable[..., tuple[dict[str, Any], bool]]]:
     }
 
 
-def _keep_freed_memory() -> None:
-    """Makes glibc keep what is freed: on CPU, XLA allocates a step's buffers anew each time.
-
-    Returned to the system, gigabytes of them would be faulted in again page by page at every step:
-    a fifth of the time of a LoRA step of LiteMedSAM.
-    """
-    if sys.platform != "linux":
-        return
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):  # arenas, mmaps, trim threshold
-            mallopt(option, value)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
-    if argv is None:  # a program of its own, not a call from one
-        _keep_freed_memory()
     arguments = list(sys.argv[1:] if argv is None else argv)
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
