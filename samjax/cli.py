@@ -21,7 +21,7 @@ from tyro.conf import Positional, UseAppendAction
 
 from samjax.arguments import numbers, parse
 from samjax.config import Config
-from samjax.terminal import send_notices_to
+from samjax.terminal import notices_on
 
 _HELP = """usage: samjax VERB ...
 
@@ -322,9 +322,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs = _verbs()
     if arguments[0] not in verbs:
         return _fail(f"unknown verb {arguments[0]!r}; samjax has {', '.join(verbs)}")
-    send_notices_to(console)
     try:
-        result, as_json = verbs[arguments[0]](arguments[1:], console)
+        with notices_on(console):
+            result, as_json = verbs[arguments[0]](arguments[1:], console)
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("SAMJAX_TRACEBACK"):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from samjax import peft as peft_lib
 from samjax.models import Sam, SamConfig
 from samjax.models.attention import AttentionKind
 from samjax.weights import read_weights
+
+_LOG = logging.getLogger("samjax")
 
 
 def load(
@@ -48,6 +51,10 @@ def load_adapted(
     file = peft_lib.read(adapter)
     config, params = _read(weights)
     size = image_size or file.config.image_size
+    method = file.metadata.get("method", "adapter")
+    _LOG.info(
+        "%s: %s for %s, trained at %d px", adapter, method, config.name, file.config.image_size
+    )
     model = Sam(config.with_image_size(size), attention, jnp.dtype(dtype))
     params, records = peft_lib.apply(file, model, params, str(adapter))
     return model, params, records

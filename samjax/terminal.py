@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -29,11 +31,20 @@ class _Notices(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Prints one notice."""
-        self._console.print(f"{record.levelname.lower()}: {record.getMessage()}")
+        prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        self._console.print(prefix + record.getMessage())
 
 
-def send_notices_to(console: Console) -> None:
+@contextlib.contextmanager
+def notices_on(console: Console) -> Iterator[None]:
     """Prints the library's notices on a console instead of wherever logging sends them."""
     logger = logging.getLogger("samjax")
+    before = logger.level, logger.handlers, logger.propagate
+    logger.setLevel(logging.INFO)
     logger.handlers = [_Notices(console)]
     logger.propagate = False  # other libraries give the root logger a handler of their own
+    try:
+        yield
+    finally:
+        logger.setLevel(before[0])
+        logger.handlers, logger.propagate = before[1:]

@@ -35,11 +35,14 @@ def case(request, small_model, small_params):
 
 
 def batch(size: int = 2) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(3)
+    image = np.random.default_rng(3).integers(0, 255, (size, SIDE, SIDE, 3), np.uint8)
+    mask = np.zeros((size, SIDE, SIDE), bool)
+    mask[:, 30:90, 40:110] = True
+    image[mask] //= 3
     return {
-        "image": rng.integers(0, 255, (size, SIDE, SIDE, 3), np.uint8),
+        "image": image,
         "input_size": np.full((size, 2), SIDE, np.int32),
-        "mask": rng.random((size, SIDE, SIDE)) > 0.5,
+        "mask": mask,
         "coords": np.zeros((size, 0, 2), np.float32),
         "labels": np.zeros((size, 0), np.int32),
     }
@@ -64,7 +67,7 @@ def start(model: Sam, spec, variables, steps: int = 10):
     mask = peft.trainable(spec, model, variables)
     train, frozen = peft.partition(variables, mask)
     labels = trained_labels(peft.groups(spec, model, variables))
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), steps, labels)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3), steps, labels)
     # Copied, since the step donates its state.
     return init_state(jax.tree.map(jnp.array, train), optimizer), frozen, optimizer
 
