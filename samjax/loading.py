@@ -50,11 +50,9 @@ def load_adapted(
     """
     file = peft_lib.read(adapter)
     config, params = _read(weights)
-    size = image_size or file.config.image_size
-    method = file.metadata.get("method", "adapter")
-    _LOG.info(
-        "%s: %s for %s, trained at %d px", adapter, method, config.name, file.config.image_size
-    )
+    method, trained_at = file.metadata.get("method", "adapter"), file.config.image_size
+    _LOG.info("%s: %s for %s, trained at %d px", adapter, method, config.name, trained_at)
+    size = image_size or trained_at
     model = Sam(config.with_image_size(size), attention, jnp.dtype(dtype))
     params, records = peft_lib.apply(file, model, params, str(adapter))
     return model, params, records
