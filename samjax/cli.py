@@ -21,7 +21,7 @@ from tyro.conf import Positional, UseAppendAction
 
 from samjax.arguments import numbers, parse
 from samjax.config import Config
-from samjax.terminal import notices_on
+from samjax.terminal import Interrupted, notices_on
 
 _HELP = """usage: samjax VERB ...
 
@@ -72,9 +72,10 @@ class Convert:
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
-    """Predicts masks for an image; without points and boxes it segments automatically.
+    """Predicts masks for an image.
 
-    Points and one box together are one prompt; several boxes are several prompts.
+    Without points and boxes there is no prompt: for adapters that were trained so. Points and one
+    box together are one prompt; several boxes are several prompts.
 
     Example: samjax predict photo.jpg --weights sam_vit_b --box 40,30,210,180 --out masks
     """
@@ -84,7 +85,7 @@ class Predict:
     weights: str
     """A samjax checkpoint, or a .pth or .safetensors file."""
     out: Path
-    """The folder to write masks and the overlay to."""
+    """The folder to write masks and the overlay to; files of the same names are replaced."""
     adapter: Path | None = None
     """An adapter file that `samjax train` wrote for these weights."""
     point: UseAppendAction[tuple[str, ...]] = ()
@@ -114,6 +115,7 @@ class Predict:
             multimask=self.multimask,
             image_size=self.image_size,
             save_logits=self.save_logits,
+            console=console,
         )
 
 
@@ -142,6 +144,8 @@ class EvalRun:
 
     split: Literal["train", "validation", "test"] = "test"
     """Which part of the data."""
+    eval_prompt: Literal["none", "box", "point"] | None = None
+    """No prompt, the truth's box or its most central point; left out, as in the run."""
     csv: Path | None = None
     """Where the metrics of each image go; left out, RUN/eval_SPLIT.csv."""
     json: bool = False
@@ -245,7 +249,7 @@ def _run_eval(argv: list[str], console: Console) -> tuple[dict[str, Any], bool]:
         args = parse(EvalRun, argv[1:], "samjax eval RUN", None, None)
         csv = args.csv or target / f"eval_{args.split}.csv"
         _check_parent(csv)
-        result = run.evaluate_run(target, args.split, console)
+        result = run.evaluate_run(target, args.split, args.eval_prompt, console)
     else:
         experiment = _experiment(argv, "eval")
         default = EvalExperiment(config=experiment.config)
@@ -325,6 +329,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with notices_on(console):
             result, as_json = verbs[arguments[0]](arguments[1:], console)
+    except Interrupted as stop:
+        return _fail(str(stop), 130)
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("SAMJAX_TRACEBACK"):
             raise

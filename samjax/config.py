@@ -48,8 +48,9 @@ class Config:
     prompts: PromptConfig = PromptConfig()
     # Random changes of images and masks in training.
     augment: AugmentConfig = AugmentConfig()
-    # The prompt in evaluation: none, or the truth's box, or its most central point.
-    eval_prompt: Literal["none", "box", "point"] = "none"
+    # The prompt in evaluation: none, or the truth's box, or its most central point; left out, the
+    # kind that weighs most in training.
+    eval_prompt: Literal["none", "box", "point"] | None = None
     # Passes over the training split; `steps` takes precedence where it is given.
     epochs: float = 10.0
     # Optimiser steps in all.
@@ -99,6 +100,18 @@ class Config:
         if self.steps is not None:
             return self.steps
         return max(1, round(self.epochs * num_images / self.batch_size))
+
+    @property
+    def evaluation_prompt(self) -> Literal["none", "box", "point"]:
+        """The kind of prompt that the run is evaluated with."""
+        if self.eval_prompt is not None:
+            return self.eval_prompt
+        weights = {
+            "none": self.prompts.none,
+            "box": self.prompts.box,
+            "point": self.prompts.points,
+        }
+        return max(weights, key=weights.__getitem__)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict; `from_json` is its inverse."""

@@ -18,6 +18,10 @@ def write_beside(destination: Path) -> Iterator[Path]:
     temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        if temporary.is_file():  # some writers make files that only their owner can read
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
         os.replace(temporary, destination)
     finally:
         if temporary.is_dir():

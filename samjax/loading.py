@@ -50,11 +50,12 @@ def load_adapted(
     """
     file = peft_lib.read(adapter)
     config, params = _read(weights)
-    method, trained_at = file.metadata.get("method", "adapter"), file.config.image_size
-    _LOG.info("%s: %s for %s, trained at %d px", adapter, method, config.name, trained_at)
+    trained_at = file.config.image_size
     size = image_size or trained_at
     model = Sam(config.with_image_size(size), attention, jnp.dtype(dtype))
     params, records = peft_lib.apply(file, model, params, str(adapter))
+    method = file.metadata.get("method", "adapter")
+    _LOG.info("%s: %s for %s, trained at %d px", adapter, method, file.config.name, trained_at)
     return model, params, records
 
 

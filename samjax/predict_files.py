@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from rich.console import Console
 
 from samjax.data.prompts import encode_prompt
 from samjax.data.sources import read_image
@@ -28,6 +29,7 @@ def predict_files(
     multimask: bool = False,
     image_size: int | None = None,
     save_logits: bool = False,
+    console: Console,
 ) -> dict[str, Any]:
     """Writes mask_PROMPT_MASK.png, overlay.png and, on request, logits.npz into `out`.
 
@@ -54,6 +56,8 @@ def predict_files(
         for j, mask in enumerate(prompt_masks):
             files.append(str(out / f"mask_{i}_{j}.png"))
             save_png(Image.fromarray(mask.astype(np.uint8) * 255), Path(files[-1]))
+            if not mask.any():
+                console.print(f"note: {files[-1]} is empty")
     picture = image
     for prompt_masks, scores in zip(masks, iou, strict=True):
         picture = overlay(picture, prompt_masks[int(np.argmax(scores))])

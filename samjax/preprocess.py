@@ -25,8 +25,8 @@ def check_image(image: object, name: str = "image") -> np.ndarray:
     if array.dtype != np.uint8:
         hint = (
             f"multiply by 255 and convert: ({name} * 255).round().astype(numpy.uint8)"
-            if np.issubdtype(array.dtype, np.floating)
-            else "convert it to numpy.uint8 first"
+            if np.issubdtype(array.dtype, np.floating) and array.size and array.max() <= 1
+            else 'give an RGB array, such as numpy.asarray(Image.open(path).convert("RGB"))'
         )
         raise ValueError(
             f"{name} must hold RGB values in [0, 255] as uint8, not {array.dtype}; {hint}"

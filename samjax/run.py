@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -36,6 +36,9 @@ from samjax.viz import save_png
 from samjax.weights import params_sha256
 
 ADAPTER = "adapter.safetensors"
+
+# Settings that may change when a run is resumed, since the result does not depend on them.
+_FREE_ON_RESUME = frozenset({"log_every", "checkpoint_every", "eval_batch_size", "gallery"})
 
 
 def open_source(config: Config, split: str) -> FolderSource:
@@ -78,7 +81,7 @@ def evaluate_source(
         source,
         image_size=model.config.image_size,
         batch_size=config.eval_batch_size,
-        prompts_for=config.eval_prompt,
+        prompts_for=config.evaluation_prompt,
     )
     with progress_bar(console) as bar:
         task = bar.add_task(title, total=len(source), note="")
@@ -89,9 +92,19 @@ def evaluate_source(
         return evaluate(model, variables, batches, advance)
 
 
-def evaluate_run(run: Path, split: str, console: Console) -> Evaluation:
-    """Evaluates a finished run's model on one split of its data."""
-    return _evaluate(read_run_config(run), split, console, run / ADAPTER)
+def evaluate_run(
+    run: Path, split: str, eval_prompt: Literal["none", "box", "point"] | None, console: Console
+) -> Evaluation:
+    """Evaluates a finished run's model on one split of its data.
+
+    `eval_prompt` takes the place of the run's own where it is given.
+    """
+    config = read_run_config(run)
+    if not (run / ADAPTER).is_file():
+        raise FileNotFoundError(f"{run} is not finished; go on with `samjax train` and --resume")
+    if eval_prompt is not None:
+        config = dataclasses.replace(config, eval_prompt=eval_prompt)
+    return _evaluate(config, split, console, run / ADAPTER)
 
 
 def evaluate_weights(config: Config, split: str, console: Console) -> Evaluation:
@@ -110,7 +123,7 @@ def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[
 
     What can be checked is checked before anything is written. Raises FileExistsError for a folder
     in use without `resume`, ValueError for a config that cannot be, and
-    `samjax.training.loop.Interrupted` when the user stops the run: its state is saved.
+    `samjax.terminal.Interrupted` when the user stops the run: its state is saved.
     """
     config = with_absolute_paths(config)
     check_out(config, out, resume)
@@ -119,6 +132,8 @@ def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[
         return json.loads((out / "summary.json").read_text())
     spec = config.method.spec()
     train_source, test_source = open_source(config, "train"), open_source(config, "test")
+    for source in (train_source, test_source):
+        source.check_sizes()
     model, variables = open_model(config)
     params = variables["params"]
     console.print(f"{model.config.name} at {model.config.image_size} px, {config.weights}")
@@ -145,7 +160,10 @@ def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[
             result = evaluate_source(config, model, variables, test_source, console, title)
             result.write_csv(path)
         result = Evaluation.read_csv(path)
-        console.print(f"test {when}: " + ", ".join(f"{k} {v:.4f}" for k, v in result.mean.items()))
+        console.print(
+            f"test {when} (prompt: {config.evaluation_prompt}): "
+            + ", ".join(f"{k} {v:.4f}" for k, v in result.mean.items())
+        )
         return result
 
     before = evaluation(base, "before")
@@ -155,7 +173,7 @@ def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[
     metadata = {
         "method": config.method.method,
         "trained_prompts": dataclasses.asdict(config.prompts),
-        "eval_prompt": config.eval_prompt,
+        "eval_prompt": config.evaluation_prompt,
         "steps": config.num_steps(len(train_source)),
     }
     adapter = peft_lib.save(out / ADAPTER, spec, model, variables, base_sha256, metadata)
@@ -217,7 +235,7 @@ def check_out(config: Config, out: Path, resume: bool) -> None:
     if not (out / "config.json").is_file():
         raise ValueError(f"nothing to resume: {out} holds no run; leave out --resume to start one")
     old, new = read_run_config(out).to_json(), with_absolute_paths(config).to_json()
-    differ = [key for key in new if old[key] != new[key]]
+    differ = [key for key in new if old[key] != new[key] and key not in _FREE_ON_RESUME]
     if differ:
         raise ValueError(
             f"cannot resume {out} with another config: {differ[0]} was {old[differ[0]]!r} and is "

@@ -22,6 +22,10 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
+class Interrupted(RuntimeError):
+    """The user stopped a run; the message says how to go on."""
+
+
 class _Notices(logging.Handler):
     """The library's notices, a line each, above the progress bar."""
 

@@ -325,7 +325,12 @@ def test_streams_of_a_process(files, trained, tmp_path):
 def test_train_leaves_a_run(files, trained):
     run, summary = files / "run", trained.json
     assert trained.out.count("\n") == 1
-    for text in ("small at 128 px", "5 training and 3 test images", "training", "test after: dice"):
+    for text in (
+        "small at 128 px",
+        "5 training and 3 test images",
+        "training",
+        "(prompt: none): dice",
+    ):
         assert text in trained.err
     assert {"before", "after", "adapter", "gallery", "seconds_per_step"} <= summary.keys()
     for when in ("before", "after"):

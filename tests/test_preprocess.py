@@ -159,7 +159,7 @@ def test_what_is_no_image_is_refused_in_a_sentence():
     unit = good.astype(np.float32) / 255
     with pytest.raises(ValueError, match=r"\[0, 255\] as uint8, not float32; multiply by 255"):
         check(unit)
-    with pytest.raises(ValueError, match=r"photo must hold .* not int64; convert it"):
+    with pytest.raises(ValueError, match=r"photo must hold .* not int64; give an RGB array"):
         check(good.astype(np.int64), "photo")
     for shape in [(5, 7), (5, 7, 1), (5, 7, 4), (1, 5, 7, 3), (3, 5, 7)]:
         with pytest.raises(ValueError, match=r"must have shape \(height, width, 3\), RGB, but has"):

@@ -6,18 +6,19 @@ large one opens quickly; pixels are decoded when a sample is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Shaped, UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 SPLITS = ("train", "validation", "test")
@@ -97,20 +98,40 @@ class FolderSource:
         image_file, mask_file = self._files[index]
         image = read_image(image_file)
         mask, notice = read_mask(mask_file)
-        if mask.shape != image.shape[:2]:
-            raise ValueError(
-                f"the mask {mask_file} is {mask.shape[1]}x{mask.shape[0]} pixels (width x height), "
-                f"but its image {image_file} is {image.shape[1]}x{image.shape[0]}: "
-                "resize one to the other's size"
-            )
+        _check_sizes(image_file, image.shape[1::-1], mask_file, mask.shape[::-1])
         if notice:
             self._notify_once(notice, mask_file)
         return Sample(self.names[index], image, mask)
+
+    def check_sizes(self) -> None:
+        """Raises ValueError for a mask that has not its image's size; reads headers only."""
+        for image_file, mask_file in self._files:
+            _check_sizes(image_file, _size(image_file), mask_file, _size(mask_file))
 
     def _notify_once(self, notice: str, file: Path) -> None:
         token = object()  # setdefault is atomic, so that two reading threads do not both speak
         if self._notices.setdefault(notice, token) is token:
             _logger.warning("%s %s (said once for %s)", file, notice, self.root)
+
+
+def _check_sizes(
+    image_file: Path, image_size: tuple[int, ...], mask_file: Path, mask_size: tuple[int, ...]
+) -> None:
+    """Sizes are (width, height)."""
+    if image_size != mask_size:
+        raise ValueError(
+            f"the mask {mask_file} is {mask_size[0]}x{mask_size[1]} pixels (width x height), but "
+            f"its image {image_file} is {image_size[0]}x{image_size[1]}: resize one to the other's "
+            "size"
+        )
+
+
+def _size(file: Path) -> tuple[int, int]:
+    """(width, height) after the EXIF orientation, from the header."""
+    with _decoding(file), Image.open(file) as opened:
+        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        width, height = opened.size
+        return (height, width) if turned else (width, height)
 
 
 def read_image(file: Path) -> UInt8[np.ndarray, "h w 3"]:
@@ -146,13 +167,18 @@ def read_mask(file: Path) -> tuple[Bool[np.ndarray, "h w"], str | None]:
 
 def _decode(file: Path) -> Image.Image:
     """Loads a file with its EXIF orientation applied; the result keeps the file's `format`."""
+    with _decoding(file), Image.open(file) as opened:
+        opened.load()
+        image = ImageOps.exif_transpose(opened)
+        image.format = opened.format
+        return image
+
+
+@contextlib.contextmanager
+def _decoding(file: Path) -> Iterator[None]:
+    """Pillow's plugins raise many kinds of errors for broken files; each means the same."""
     try:
-        with Image.open(file) as opened:
-            opened.load()
-            image = ImageOps.exif_transpose(opened)
-            image.format = opened.format
-            return image
-    # Pillow's plugins raise many kinds of errors for broken files; each means the same to the user.
+        yield
     except Exception as error:
         raise ValueError(
             f"{file} cannot be decoded as an image ({type(error).__name__}: {error}): "

@@ -49,7 +49,7 @@ def draw_gallery(
             chosen,
             image_size=model.config.image_size,
             batch_size=config.eval_batch_size,
-            prompts_for=config.eval_prompt,
+            prompts_for=config.evaluation_prompt,
         )
         dice = evaluate(model, variables, batches, collect).per_image["dice"]
         for i, sample in enumerate(samples):

@@ -96,6 +96,10 @@ def read(path: str | Path) -> Adapter:
     damaged, or was written by a newer samjax.
     """
     path = Path(path)
+    if path.is_dir():
+        raise FileNotFoundError(
+            f"{path} is a folder; give the adapter file, such as adapter.safetensors in it"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"no adapter file at {path}")
     try:

@@ -21,15 +21,11 @@ from samjax.data.pipeline import batches_from, train_batches
 from samjax.data.sources import FolderSource
 from samjax.files import write_beside
 from samjax.models import Sam
-from samjax.terminal import progress_bar
+from samjax.terminal import Interrupted, progress_bar
 from samjax.training.checkpoint import Checkpoints
 from samjax.training.step import init_state, make_optimizer, make_train_step, trained_labels
 
 MODEL_INPUTS = ("image", "input_size", "mask", "coords", "labels")
-
-
-class Interrupted(RuntimeError):
-    """The user stopped a run; the message says how to go on."""
 
 
 def fit(

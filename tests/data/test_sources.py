@@ -240,3 +240,11 @@ def test_dark_16_bit_images_are_named(tmp_path, caplog):
     Image.fromarray(np.full((4, 4), 4000, np.uint16)).save(tmp_path / "i.png")
     read_image(tmp_path / "i.png")
     assert "12 bits or less" in caplog.text
+
+
+def test_sizes_are_checked_from_headers(tmp_path):
+    write_pair(tmp_path, "a", np.zeros((6, 4, 3), np.uint8), np.zeros((6, 4), np.uint8))
+    write_pair(tmp_path, "b", np.zeros((6, 4, 3), np.uint8), np.zeros((4, 6), np.uint8))
+    source = FolderSource(tmp_path, "train", fractions=(1.0, 0.0, 0.0))
+    with pytest.raises(ValueError, match=r"b\.png is 6x4 pixels .* 4x6: resize"):
+        source.check_sizes()

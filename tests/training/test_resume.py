@@ -112,7 +112,7 @@ def test_ctrl_c_saves_and_goes_on(experiment, tmp_path):
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     _, messages = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 130
     last = messages.strip().splitlines()[-1]
     assert last.startswith("samjax: stopped after step ") and "--resume" in last
     step = int(last.split("step ")[1].split()[0])

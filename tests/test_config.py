@@ -1,0 +1,58 @@
+"""The run's dataclass."""
+
+import pytest
+
+from samjax.config import Config
+from samjax.data.prompts import PromptConfig
+from samjax.training.step import OptimizerConfig
+
+
+def test_evaluation_takes_the_heaviest_prompt_of_training():
+    assert Config().evaluation_prompt == "none"
+    boxes = PromptConfig(none=0, box=2, points=1)
+    assert Config(prompts=boxes).evaluation_prompt == "box"
+    assert Config(prompts=boxes, eval_prompt="point").evaluation_prompt == "point"
+
+
+def test_survives_json():
+    config = Config(weights="w", prompts=PromptConfig(box=1.0), fractions=(0.5, 0.25, 0.25))
+    assert Config.from_json(config.to_json()) == config
+    with pytest.raises(ValueError, match="not a config of this samjax"):
+        Config.from_json({"weights": "w"})
+
+
+def test_steps():
+    assert Config(epochs=2, batch_size=4).num_steps(10) == 5
+    assert Config(steps=7).num_steps(10) == 7
+    assert Config(epochs=0.1, batch_size=4).num_steps(1) == 1
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"seed": -1},
+        {"epochs": float("inf")},
+        {"epochs": 0},
+        {"steps": 0},
+        {"batch_size": 0},
+        {"batch_size": 4, "accumulate": 3},
+    ],
+)
+def test_settings_out_of_range(bad):
+    with pytest.raises(ValueError, match=next(reversed(bad))):
+        Config(**bad)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"learning_rate": 0.0},
+        {"decoder_learning_rate": 0.0},
+        {"weight_decay": float("nan")},
+        {"warmup": 1.0},
+        {"clip": 0.0},
+    ],
+)
+def test_optimizer_settings_out_of_range(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        OptimizerConfig(**bad)
