@@ -9,7 +9,7 @@ from samjax.training.step import OptimizerConfig
 
 def test_evaluation_takes_the_heaviest_prompt_of_training():
     assert Config().evaluation_prompt == "none"
-    boxes = PromptConfig(none=0, box=2, points=1)
+    boxes = PromptConfig(none=0.0, box=2.0, points=1.0)
     assert Config(prompts=boxes).evaluation_prompt == "box"
     assert Config(prompts=boxes, eval_prompt="point").evaluation_prompt == "point"
 
@@ -22,7 +22,7 @@ def test_survives_json():
 
 
 def test_steps():
-    assert Config(epochs=2, batch_size=4).num_steps(10) == 5
+    assert Config(epochs=2.0, batch_size=4).num_steps(10) == 5
     assert Config(steps=7).num_steps(10) == 7
     assert Config(epochs=0.1, batch_size=4).num_steps(1) == 1
 
@@ -32,7 +32,7 @@ def test_steps():
     [
         {"seed": -1},
         {"epochs": float("inf")},
-        {"epochs": 0},
+        {"epochs": 0.0},
         {"steps": 0},
         {"batch_size": 0},
         {"batch_size": 4, "accumulate": 3},
