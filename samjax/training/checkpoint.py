@@ -15,7 +15,7 @@ from samjax.training.step import TrainState
 
 
 class Checkpoints:
-    """The newest checkpoints of a run folder, each whole or absent, written in the background."""
+    """The newest checkpoints of a run folder, each whole or absent."""
 
     def __init__(self, directory: Path, keep: int = 2) -> None:
         from orbax.checkpoint import v1 as ocp
@@ -28,11 +28,15 @@ class Checkpoints:
         )
 
     def save(self, state: TrainState) -> None:
-        """Starts saving; the arrays are copied before this returns, so they may be donated."""
+        """Saves a state, unless one of its step is there; returns once it is on disk.
+
+        Not asynchronously: Orbax forgets a save that is under way when the next one starts.
+        """
         step = int(state.step)
         if self._ocp.latest is None or self._ocp.latest.step < step:
-            leaves = {k: np.array(v) for k, v in _flatten(state).items()}
-            self._ocp.save_async(step, leaves)
+            leaves = {k: np.asarray(v) for k, v in _flatten(state).items()}
+            if not self._ocp.save(step, leaves, force=True):
+                raise RuntimeError(f"the checkpoint of step {step} was not saved")
 
     def restore(self, like: TrainState) -> TrainState | None:
         """The newest state, or None where there is none.
@@ -54,7 +58,7 @@ class Checkpoints:
         return jax.device_put(jax.tree.unflatten(jax.tree.structure(like), values))
 
     def close(self) -> None:
-        """Waits until all is written."""
+        """Releases what Orbax holds."""
         self._ocp.close()
 
 
