@@ -180,8 +180,4 @@ def load(path: str | Path, model: Sam, params: Any) -> tuple[Any, Any]:
 def _flatten(tree: Any) -> dict[str, Any]:
     """Leaves by path, in the order of `jax.tree.leaves`; fields of records are path components."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
-    return {"/".join(_name(part) for part in path): leaf for path, leaf in leaves}
-
-
-def _name(part: Any) -> str:
-    return str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -10,8 +10,8 @@ from flax.traverse_util import flatten_dict
 
 from samjax.models.sam import Sam
 from samjax.nn import BUFFERS
-from samjax.peft.delta import BUFFER, FROZEN, is_delta
-from samjax.peft.spec import PeftSpec, attach, groups, resolve
+from samjax.peft.delta import BUFFER, FROZEN
+from samjax.peft.spec import PeftSpec, attach, deltas, groups, resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +58,8 @@ def report(spec: PeftSpec, model: Sam) -> Report:
         for path, group in flatten_dict(labels["params"]).items()
         if group != FROZEN
     }
-    records = {
-        "/".join(path[:-1]): _count(record, group)
-        for (path, record), group in zip(
-            flatten_dict(peft, is_leaf=lambda _, x: is_delta(x)).items(),
-            flatten_dict(labels["peft"], is_leaf=lambda _, x: is_delta(x)).values(),
-            strict=True,
-        )
-    }
+    groups_by_path = deltas(labels["peft"])
+    records = {path: _count(delta, groups_by_path[path]) for path, delta in deltas(peft).items()}
     lines = []
     for rule in spec.rules:
         if rule.adapts:
