@@ -12,6 +12,9 @@ from typing import Any
 
 import tyro
 
+# What a verb returns: its result, and whether it is to be printed as JSON.
+Outcome = tuple[dict[str, Any], bool]
+
 
 def parse(cls: type, argv: list[str], prog: str, default: Any, doc: str | None) -> Any:
     """Reads `argv` into the dataclass `cls`; `default` fills in, `doc` goes before its docstring.

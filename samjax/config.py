@@ -38,8 +38,8 @@ class Config:
     data: str = ""
     # What the weights must be, such as vit_b or vit_t; "auto" takes what they are.
     model: str = "auto"
-    # Side of the model's square input in pixels; left out, the model's own.
-    image_size: int | None = None
+    # The model's input in pixels: a side, or height and width; left out, the model's own.
+    image_size: int | tuple[int, int] | None = None
     # Shares of train, validation and test, where the data folder has no splits of its own.
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     method: Annotated[MethodConfig, _FLAT] = MethodConfig()
@@ -128,7 +128,9 @@ class Config:
         }
         try:
             nested = {name: cls(**data[name]) for name, cls in parts.items()}
-            return Config(**{**data, **nested, "fractions": tuple(data["fractions"])})
+            # JSON has no tuples.
+            flat = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+            return Config(**{**flat, **nested})
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a config of this samjax: {error}") from None
 

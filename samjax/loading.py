@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from samjax import peft as peft_lib
-from samjax.models import Sam, SamConfig
+from samjax.models import ImageSize, Sam, SamConfig
 from samjax.models.attention import AttentionKind
 from samjax.weights import read_weights
 
@@ -21,14 +21,14 @@ _LOG = logging.getLogger("samjax")
 
 def load(
     weights: str | os.PathLike[str],
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     *,
     attention: AttentionKind = "chunked",
     dtype: Any = jnp.float32,
 ) -> tuple[Sam, dict[str, Any]]:
     """The model and its parameters from a samjax checkpoint, a `.pth` or a `.safetensors` file.
 
-    `image_size`: the side of the model's input in pixels; None keeps the checkpoint's own. `dtype`
+    `image_size`: the model's input in pixels, a side or (height, width); None keeps the checkpoint's own. `dtype`
     is that of the computation. Parameters are float32 numpy arrays, whatever the file holds. Raises
     FileNotFoundError, or ValueError with one sentence on what is wrong.
     """
@@ -39,7 +39,7 @@ def load(
 def load_adapted(
     weights: str | os.PathLike[str],
     adapter: str | os.PathLike[str],
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     *,
     attention: AttentionKind = "chunked",
     dtype: Any = jnp.float32,

@@ -14,6 +14,7 @@ from samjax.data.prompts import encode_prompt
 from samjax.data.sources import read_image
 from samjax.files import write_beside
 from samjax.loading import load, load_adapted
+from samjax.models import ImageSize
 from samjax.predictor import SamPredictor, check_inside
 from samjax.viz import overlay, save_png
 
@@ -27,7 +28,7 @@ def predict_files(
     points: Sequence[Sequence[float]] = (),
     boxes: Sequence[Sequence[float]] = (),
     multimask: bool = False,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     save_logits: bool = False,
     console: Console,
 ) -> dict[str, Any]:
@@ -79,7 +80,9 @@ def predict_files(
     return result
 
 
-def open_predictor(weights: str, adapter: Path | None, image_size: int | None) -> SamPredictor:
+def open_predictor(
+    weights: str, adapter: Path | None, image_size: ImageSize | None
+) -> SamPredictor:
     """A predictor, with an adapter in place where one is given."""
     if adapter is None:
         return SamPredictor(*load(weights, image_size))

@@ -43,7 +43,7 @@ class SamPredictor:
         array = preprocess.check_image(image)
         if image_format == "BGR":
             array = array[..., ::-1]
-        padded, input_size = preprocess.prepare_image(array, self.model.config.image_size)
+        padded, input_size = preprocess.prepare_image(array, self.model.config.frame)
         self._embedding = _encode(self.model, self._variables, padded[None], input_size[None])
         self.original_size = (array.shape[0], array.shape[1])
 
@@ -106,8 +106,8 @@ class SamPredictor:
         return_logits: bool,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         original_size = self._require_image()
-        size = self.model.config.image_size
-        coords = preprocess.scale_coords(coords, original_size, size).astype(np.float32)
+        frame = self.model.config.frame
+        coords = preprocess.scale_coords(coords, original_size, frame).astype(np.float32)
         # Empty slots change nothing, and rounding up to powers of two spares recompiling.
         slots = labels.shape[1] and 1 << (labels.shape[1] - 1).bit_length()
         padded = [pad_prompt(c, x, slots) for c, x in zip(coords, labels, strict=True)]
@@ -117,7 +117,7 @@ class SamPredictor:
         logits, iou = _decode(self.model, self._variables, self._embedding, prompts)
         chosen = slice(1, None) if multimask_output else slice(0, 1)
         logits, iou = logits[:, chosen], iou[:, chosen]
-        full = preprocess.postprocess_masks(logits, size, original_size)
+        full = preprocess.postprocess_masks(logits, frame, original_size)
         full = full if return_logits else full > preprocess.MASK_THRESHOLD
         return np.asarray(full), np.asarray(iou), np.asarray(logits)
 

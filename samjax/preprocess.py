@@ -1,6 +1,6 @@
 """From uint8 image to model input, and from mask logits back to the image: the only definition.
 
-SAM resizes the longest side to `image_size` with PIL's antialiased bilinear filter on uint8,
+SAM resizes the longest side to the model's own with PIL's antialiased bilinear filter on uint8,
 normalises, and pads below and to the right with zeros *after* normalising (so that padding is the
 mean colour, not black). Masks go the other way by two bilinear resizes without antialiasing
 (`segment_anything/utils/transforms.py`, `modeling/sam.py`).
@@ -8,7 +8,9 @@ mean colour, not black). Masks go the other way by two bilinear resizes without 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,47 +42,96 @@ def check_image(image: object, name: str = "image") -> np.ndarray:
     return array
 
 
-def resized_shape(height: int, width: int, image_size: int) -> tuple[int, int]:
-    """(height, width) in pixels after the longest side became `image_size`."""
-    scale = image_size * 1.0 / max(height, width)
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+Resize = Literal["longest_side", "stretch"]
 
 
-def resize_image(
-    image: UInt8[np.ndarray, "h w 3"], image_size: int
-) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """Resizes the longest side to `image_size` as the reference: PIL bilinear, antialiased."""
-    height, width = resized_shape(image.shape[0], image.shape[1], image_size)
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """The model's input: its sides in pixels, and how an image is laid into it.
+
+    `longest_side` keeps the aspect: the image becomes as large as fits, by an antialiased bilinear
+    filter, and the rest is padding below or to the right. `stretch` fills the input whatever the
+    aspect, by an antialiased bicubic filter (MedSAM; its authors take scikit-image's spline of the
+    same order, which differs by rounding and ringing).
+    """
+
+    height: int
+    width: int
+    resize: Resize = "longest_side"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.height, self.width
+
+    def __str__(self) -> str:
+        return str(self.height) if self.height == self.width else f"{self.height}x{self.width}"
+
+    def resized_shape(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels that an image of that size has within the input."""
+        if self.resize == "stretch":
+            return self.shape
+        scale = min(self.height * 1.0 / height, self.width * 1.0 / width)
+        # The side that sets the scale becomes the frame's own, whatever the rounding.
+        return (
+            min(self.height, max(1, int(height * scale + 0.5))),
+            min(self.width, max(1, int(width * scale + 0.5))),
+        )
+
+
+def resize_image(image: UInt8[np.ndarray, "h w 3"], frame: Frame) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """Resizes an image as the reference does, with PIL's antialiased filters on uint8."""
+    height, width = frame.resized_shape(image.shape[0], image.shape[1])
     if image.shape[:2] == (height, width):
         return image
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    kinds = {"longest_side": Image.Resampling.BILINEAR, "stretch": Image.Resampling.BICUBIC}
+    return np.asarray(Image.fromarray(image).resize((width, height), kinds[frame.resize]))
 
 
-def pad_to_square(array: np.ndarray, image_size: int) -> np.ndarray:
-    """Pads (h, w, ...) with zeros below and to the right to (image_size, image_size, ...)."""
+def pad_to(array: np.ndarray, frame: Frame) -> np.ndarray:
+    """Pads (h, w, ...) with zeros below and to the right to (frame.height, frame.width, ...)."""
     height, width = array.shape[:2]
-    pad = [(0, image_size - height), (0, image_size - width)] + [(0, 0)] * (array.ndim - 2)
+    pad = [(0, frame.height - height), (0, frame.width - width)] + [(0, 0)] * (array.ndim - 2)
     return np.pad(array, pad)
 
 
 def prepare_image(
-    image: UInt8[np.ndarray, "h w 3"], image_size: int
-) -> tuple[UInt8[np.ndarray, "s s 3"], Int[np.ndarray, "2"]]:
+    image: UInt8[np.ndarray, "h w 3"], frame: Frame
+) -> tuple[UInt8[np.ndarray, "fh fw 3"], Int[np.ndarray, "2"]]:
     """Resizes and pads; returns the image and `input_size`, its (height, width) before padding."""
-    resized = resize_image(image, image_size)
-    return pad_to_square(resized, image_size), np.array(resized.shape[:2], np.int32)
+    resized = resize_image(image, frame)
+    return pad_to(resized, frame), np.array(resized.shape[:2], np.int32)
+
+
+def prepare_mask(mask: Bool[np.ndarray, "h w"], frame: Frame) -> Bool[np.ndarray, "fh fw"]:
+    """A mask on the padded input: resized as the image with nearest neighbour, padded False."""
+    height, width = frame.resized_shape(*mask.shape)
+    if mask.shape != (height, width):
+        image = Image.fromarray(mask.astype(np.uint8))
+        mask = np.asarray(image.resize((width, height), Image.Resampling.NEAREST)).astype(bool)
+    return pad_to(mask, frame)
 
 
 def normalize(
     image: UInt8[Array, "b h w 3"],
     input_size: Int[Array, "b 2"],
+    normalization: Literal["pixel", "min_max"],
     pixel_mean: tuple[float, float, float],
     pixel_std: tuple[float, float, float],
 ) -> Float[Array, "b h w 3"]:
-    """Normalises on the device and sets the padding, everything outside `input_size`, to zero."""
+    """Normalises on the device and sets the padding, everything outside `input_size`, to zero.
+
+    `min_max` scales each image to [0, 1] by its least and largest value before mean and standard
+    deviation; see `samjax.models.SamConfig`.
+    """
     mean, std = jnp.asarray(pixel_mean, jnp.float32), jnp.asarray(pixel_std, jnp.float32)
-    normalized = (image.astype(jnp.float32) - mean) / std
-    return jnp.where(inside(input_size, *image.shape[1:3])[..., None], normalized, 0.0)
+    within = inside(input_size, *image.shape[1:3])[..., None]
+    values = image.astype(jnp.float32)
+    if normalization == "min_max":
+        low = jnp.min(jnp.where(within, values, 255.0), axis=(1, 2, 3), keepdims=True)
+        high = jnp.max(jnp.where(within, values, 0.0), axis=(1, 2, 3), keepdims=True)
+        values = (values - low) / jnp.maximum(high - low, 1e-8)
+    return jnp.where(within, (values - mean) / std, 0.0)
 
 
 def inside(input_size: Int[Array, "b 2"], height: int, width: int) -> Bool[Array, "b h w"]:
@@ -91,11 +142,11 @@ def inside(input_size: Int[Array, "b 2"], height: int, width: int) -> Bool[Array
 
 
 def scale_coords(
-    coords: np.ndarray, original_size: tuple[int, int], image_size: int
+    coords: np.ndarray, original_size: tuple[int, int], frame: Frame
 ) -> Float[np.ndarray, "..."]:
     """(..., 2) points as (x, y) in image pixels -> pixels of the model's input."""
     height, width = original_size
-    new_height, new_width = resized_shape(height, width, image_size)
+    new_height, new_width = frame.resized_shape(height, width)
     return np.asarray(coords, np.float64) * (new_width / width, new_height / height)
 
 
@@ -113,15 +164,22 @@ def interpolation_matrix(size_in: int, size_out: int) -> Float[np.ndarray, "n m"
     return matrix
 
 
-def unpad_matrix(low: int, image_size: int, input_side: int, original: int) -> np.ndarray:
-    """One axis of post-processing as a float32 (original, low) matrix.
+def unpad_matrices(
+    low: tuple[int, int], frame: Frame, original_size: tuple[int, int]
+) -> tuple[Float[np.ndarray, "oh h"], Float[np.ndarray, "ow w"]]:
+    """Post-processing of (h, w) = `low` logits, one float32 matrix for each axis.
 
-    Upsampling from `low` to `image_size`, cutting the padding off at `input_side` and resizing to
-    `original` pixels are all linear, so they are one matrix: exact, and the same shape of work for
-    every image of a dataset.
+    Upsampling to the frame, cutting the padding off and resizing to `original_size` are all linear,
+    so they are one matrix for rows and one for columns: exact, and the same shape of work for every
+    image of a dataset.
     """
-    up = interpolation_matrix(low, image_size)[:input_side]
-    return (interpolation_matrix(input_side, original) @ up).astype(np.float32)
+    sides = zip(low, frame.shape, frame.resized_shape(*original_size), original_size, strict=True)
+    rows, columns = (
+        interpolation_matrix(side_input, original)
+        @ interpolation_matrix(side_low, side)[:side_input]
+        for side_low, side, side_input, original in sides
+    )
+    return rows.astype(np.float32), columns.astype(np.float32)
 
 
 @jax.jit
@@ -135,20 +193,15 @@ def _apply_separable(
 
 def postprocess_masks(
     low_res_logits: Float[Array | np.ndarray, "*n h w"],
-    image_size: int,
+    frame: Frame,
     original_size: tuple[int, int],
 ) -> Float[Array, "*n oh ow"]:
     """Mask logits at the model's resolution -> float32 logits at `original_size` (height, width).
 
     A pixel belongs to the mask where its logit exceeds `MASK_THRESHOLD`.
     """
-    input_size = resized_shape(*original_size, image_size)
-    rows, columns = (
-        unpad_matrix(low, image_size, side, original)
-        for low, side, original in zip(
-            low_res_logits.shape[-2:], input_size, original_size, strict=True
-        )
-    )
+    height, width = low_res_logits.shape[-2:]
+    rows, columns = unpad_matrices((height, width), frame, original_size)
     return _apply_separable(rows, columns, jnp.asarray(low_res_logits, jnp.float32))
 
 

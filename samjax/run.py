@@ -79,7 +79,7 @@ def evaluate_source(
     """Evaluates a model over a source with the run's evaluation prompt, showing progress."""
     batches = eval_batches(
         source,
-        image_size=model.config.image_size,
+        frame=model.config.frame,
         batch_size=config.eval_batch_size,
         prompts_for=config.evaluation_prompt,
     )
@@ -136,7 +136,7 @@ def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[
         source.check_sizes()
     model, variables = open_model(config)
     params = variables["params"]
-    console.print(f"{model.config.name} at {model.config.image_size} px, {config.weights}")
+    console.print(f"{model.config.name} at {model.config.frame} px, {config.weights}")
     console.print(str(peft_lib.report(spec, model)))
     console.print(f"{len(train_source)} training and {len(test_source)} test images, {config.data}")
     base_sha256 = params_sha256(params)

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import grain
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
-from PIL import Image
 
 from samjax.data.augment import AugmentConfig
 from samjax.data.augment import augment as augment_sample
@@ -27,7 +26,7 @@ from samjax.data.prompts import (
     sample_prompt,
 )
 from samjax.data.sources import Sample, Source
-from samjax.preprocess import pad_to_square, prepare_image, resized_shape, scale_coords
+from samjax.preprocess import Frame, prepare_image, prepare_mask, scale_coords
 
 Batch = dict[str, Any]
 EVAL_SLOTS = {"none": 0, "box": 2, "point": 2}
@@ -37,32 +36,23 @@ def prepare_sample(
     sample: Sample,
     coords: Float32[np.ndarray, "n 2"],
     labels: Int32[np.ndarray, " n"],
-    image_size: int,
+    frame: Frame,
 ) -> Batch:
     """One sample as the model takes it, for training and evaluation alike.
 
-    `coords` are pixels of the sample's image. Returns image (s, s, 3) uint8, padded below and to
+    `coords` are pixels of the sample's image. Returns image (fh, fw, 3) uint8, padded below and to
     the right; input_size (2,) int32, (height, width) before padding; coords (n, 2) float32 in
     pixels of the model's input; labels (n,) int32.
     """
-    image, input_size = prepare_image(sample.image, image_size)
-    scaled = scale_coords(coords, sample.mask.shape, image_size).astype(np.float32)
+    image, input_size = prepare_image(sample.image, frame)
+    scaled = scale_coords(coords, sample.mask.shape, frame).astype(np.float32)
     return {"image": image, "input_size": input_size, "coords": scaled, "labels": labels}
-
-
-def prepare_mask(mask: Bool[np.ndarray, "h w"], image_size: int) -> Bool[np.ndarray, "s s"]:
-    """The truth on the padded input: resized as the image with nearest neighbour, padded False."""
-    height, width = resized_shape(*mask.shape, image_size)
-    if mask.shape != (height, width):
-        image = Image.fromarray(mask.astype(np.uint8))
-        mask = np.asarray(image.resize((width, height), Image.Resampling.NEAREST)).astype(bool)
-    return pad_to_square(mask, image_size)
 
 
 def train_batches(
     source: Source,
     *,
-    image_size: int,
+    frame: Frame,
     batch_size: int,
     seed: int,
     prompts: PromptConfig,
@@ -72,10 +62,10 @@ def train_batches(
 
     The source is shuffled anew in every epoch, and a batch may reach from one epoch into the next.
     Element i does not depend on what was read before it. Each is a dict of numpy arrays: image,
-    input_size, coords and labels as `prepare_sample` gives them, mask (s, s) bool as `prepare_mask`
+    input_size, coords and labels as `prepare_sample` gives them, mask (fh, fw) bool as `prepare_mask`
     does and index () int32, the position in the source, all with a leading batch axis.
     """
-    _check_sizes(source, image_size, batch_size)
+    _check_batch(source, batch_size)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must lie in [0, 2**32), but is {seed}")
 
@@ -83,8 +73,8 @@ def train_batches(
         sample = source[int(index)]
         sample = Sample(sample.name, *augment_sample(rng, sample.image, sample.mask, augment))
         coords, labels = sample_prompt(rng, sample.mask, prompts)
-        prepared = prepare_sample(sample, coords, labels, image_size)
-        mask = prepare_mask(sample.mask, image_size)
+        prepared = prepare_sample(sample, coords, labels, frame)
+        mask = prepare_mask(sample.mask, frame)
         return {**prepared, "mask": mask, "index": np.int32(index)}
 
     # The random map comes after the repetition, so that an image is changed anew in every epoch.
@@ -109,7 +99,7 @@ def batches_from(
 def eval_batches(
     source: Source,
     *,
-    image_size: int,
+    frame: Frame,
     batch_size: int,
     prompts_for: Literal["none", "box", "point"],
     num_threads: int = 2,
@@ -122,14 +112,14 @@ def eval_batches(
     bool is False there. `prompts_for` chooses no prompt, the box of the truth, or its most central
     point; an empty truth has no prompt.
     """
-    _check_sizes(source, image_size, batch_size)
+    _check_batch(source, batch_size)
     if prompts_for not in EVAL_SLOTS:
         raise ValueError(f"prompts_for must be none, box or point, but is {prompts_for!r}")
 
     def load(index: int) -> Batch:
         sample = source[int(index)]
         coords, labels = pad_prompt(*_truth_prompt(sample, prompts_for), EVAL_SLOTS[prompts_for])
-        prepared = prepare_sample(sample, coords, labels, image_size)
+        prepared = prepare_sample(sample, coords, labels, frame)
         return {**prepared, "truth": sample.mask, "name": sample.name}
 
     return _group(_read_ahead(load, len(source), num_threads), batch_size)
@@ -175,9 +165,8 @@ def _truth_prompt(sample: Sample, kind: str) -> tuple[np.ndarray, np.ndarray]:
     return encode_prompt(central_point(sample.mask)[None], [POSITIVE], None)
 
 
-def _check_sizes(source: Source, image_size: int, batch_size: int) -> None:
-    for name, value in (("image_size", image_size), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, but is {value}")
+def _check_batch(source: Source, batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
     if not len(source):
         raise ValueError("the source holds no samples")

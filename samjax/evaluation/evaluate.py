@@ -16,7 +16,7 @@ import numpy as np
 from samjax.evaluation.metrics import overlap
 from samjax.files import write_beside
 from samjax.models import Prompts, Sam
-from samjax.preprocess import MASK_THRESHOLD, unpad_matrix
+from samjax.preprocess import MASK_THRESHOLD, unpad_matrices
 
 # Truths of one batch are padded to a multiple of this, so that few shapes are compiled.
 _BUCKET = 64
@@ -63,7 +63,7 @@ def _predict(model: Sam, variables: Any, batch: dict[str, Any]) -> Any:
 def _measure(logits: Any, rows: Any, columns: Any, truth: Any) -> tuple[dict[str, Any], Any]:
     """Metrics and masks at the images' own resolutions, padded to a common size.
 
-    `rows` (b, h, l) and `columns` (b, w, l) are the post-processing matrices of each image, zero
+    `rows` (b, h, l) and `columns` (b, w, m) are the post-processing matrices of each image, zero
     where it is smaller than (h, w); `truth` (b, h, w) is False there.
     """
     full = jnp.einsum("bih,bhw,bjw->bij", rows, logits, columns, precision="highest")
@@ -100,14 +100,12 @@ def evaluate(
 def _postprocessing(model: Sam, batch: dict[str, Any]) -> tuple[np.ndarray, ...]:
     sizes = [truth.shape for truth in batch["truth"]]
     height, width = (-(-max(side) // _BUCKET) * _BUCKET for side in zip(*sizes, strict=True))
-    image_size = model.config.image_size
-    low = 4 * image_size // model.config.image_encoder.patch_size
-    rows = np.zeros((len(sizes), height, low), np.float32)
-    columns = np.zeros((len(sizes), width, low), np.float32)
+    low_height, low_width = (4 * side for side in model.config.grid)
+    rows = np.zeros((len(sizes), height, low_height), np.float32)
+    columns = np.zeros((len(sizes), width, low_width), np.float32)
     truth = np.zeros((len(sizes), height, width), bool)
     for i, (h, w) in enumerate(sizes):
-        input_height, input_width = (int(side) for side in batch["input_size"][i])
-        rows[i, :h] = unpad_matrix(low, image_size, input_height, h)
-        columns[i, :w] = unpad_matrix(low, image_size, input_width, w)
+        matrices = unpad_matrices((low_height, low_width), model.config.frame, (h, w))
+        rows[i, :h], columns[i, :w] = matrices
         truth[i, :h, :w] = batch["truth"][i]
     return rows, columns, truth

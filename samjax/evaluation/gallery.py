@@ -47,7 +47,7 @@ def draw_gallery(
 
         batches = eval_batches(
             chosen,
-            image_size=model.config.image_size,
+            frame=model.config.frame,
             batch_size=config.eval_batch_size,
             prompts_for=config.evaluation_prompt,
         )

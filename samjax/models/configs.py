@@ -7,7 +7,11 @@ that a checkpoint is never run with another model's preprocessing.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
+
+from samjax.preprocess import Frame, Resize
+
+ImageSize = int | tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +52,19 @@ class TinyVitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamConfig:
-    """One SAM: its encoder, the input side in pixels, and how pixels become model input."""
+    """One SAM: its encoder, its input in pixels, and how an image becomes that input."""
 
     name: str = "vit_b"
     image_encoder: VitConfig | TinyVitConfig = VitConfig()
-    # Side in pixels of the square input. Fine-tuning may use another one (a multiple of the patch).
-    image_size: int = 1024
-    # model input = (pixel - pixel_mean) / pixel_std, for RGB pixels in [0, 255].
+    # The input in pixels: a side, or (height, width). Fine-tuning may use another one, whose sides
+    # are multiples of the patch.
+    image_size: ImageSize = 1024
+    # How an image is brought to that size; see `samjax.preprocess.Frame`.
+    resize: Resize = "longest_side"
+    # pixel: RGB values in [0, 255]. min_max: they are first scaled to [0, 1] by the least and the
+    # largest value of the image, all channels together.
+    normalization: Literal["pixel", "min_max"] = "pixel"
+    # model input = (value - pixel_mean) / pixel_std.
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     # Channels of the image embedding, of prompts and of the decoder's tokens.
@@ -63,20 +73,35 @@ class SamConfig:
     decoder_num_heads: int = 8
     decoder_mlp_dim: int = 2048
 
-    def with_image_size(self, image_size: int | None) -> SamConfig:
-        """The same model at another input side; `None` keeps the model's own.
+    @property
+    def frame(self) -> Frame:
+        """The model's input as `samjax.preprocess` takes it."""
+        size = self.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return Frame(height, width, self.resize)
 
-        Raises ValueError where the side is not a positive multiple of the encoder's patch.
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the image embedding."""
+        patch = self.image_encoder.patch_size
+        return self.frame.height // patch, self.frame.width // patch
+
+    def with_image_size(self, image_size: ImageSize | None) -> SamConfig:
+        """The same model at another input, a side or (height, width); `None` keeps its own.
+
+        Raises ValueError where a side is not a positive multiple of the encoder's patch.
         """
         if image_size is None:
             return self
+        config = dataclasses.replace(self, image_size=image_size)
         patch = self.image_encoder.patch_size
-        if image_size <= 0 or image_size % patch:
-            raise ValueError(
-                f"image_size {image_size} is not a positive multiple of {patch}, the patch size of "
-                f"{self.name}; the nearest that is: {max(patch, round(image_size / patch) * patch)}"
-            )
-        return dataclasses.replace(self, image_size=image_size)
+        for side in (config.frame.height, config.frame.width):
+            if side <= 0 or side % patch:
+                raise ValueError(
+                    f"image_size {side} is not a positive multiple of {patch}, the patch size of "
+                    f"{self.name}; the nearest that is: {max(patch, round(side / patch) * patch)}"
+                )
+        return config
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict; `from_json` is its inverse."""
@@ -100,17 +125,26 @@ def _tuples(data: dict[str, Any]) -> dict[str, Any]:
 _VIT_L = VitConfig(embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23))
 _VIT_H = VitConfig(embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31))
 
-# The names that `--model` takes. `vit_t` is MobileSAM.
+# The names that `--model` takes. `vit_t` is MobileSAM; `medsam` is `vit_b` with other weights and
+# another preprocessing.
 MODELS: dict[str, SamConfig] = {
     "vit_b": SamConfig(),
     "vit_l": SamConfig(name="vit_l", image_encoder=_VIT_L),
     "vit_h": SamConfig(name="vit_h", image_encoder=_VIT_H),
+    "medsam": SamConfig(
+        name="medsam",
+        resize="stretch",
+        normalization="min_max",
+        pixel_mean=(0.0, 0.0, 0.0),
+        pixel_std=(1.0, 1.0, 1.0),
+    ),
     "vit_t": SamConfig(name="vit_t", image_encoder=TinyVitConfig()),
     "lite_medsam": SamConfig(
         name="lite_medsam",
         image_encoder=TinyVitConfig(patch_kernel=1, patch_stride=1),
         image_size=256,
+        normalization="min_max",
         pixel_mean=(0.0, 0.0, 0.0),
-        pixel_std=(255.0, 255.0, 255.0),
+        pixel_std=(1.0, 1.0, 1.0),
     ),
 }

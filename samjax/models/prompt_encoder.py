@@ -23,11 +23,13 @@ class Prompts:
     corner, -1 SAM's "not a point" token (it follows points that come without a box), -2 an empty
     slot, which the decoder masks out: padding gives what no padding gives.
     `masks` (b, 4 h, 4 w) logits of an earlier prediction for an (h, w) embedding, or None.
+    `has_mask` (b,) bool: where it is False the prompt has no mask after all; None: all have.
     """
 
     coords: Any
     labels: Any
     masks: Any = None
+    has_mask: Any = None
 
     @staticmethod
     def none(batch: int) -> Prompts:
@@ -59,7 +61,8 @@ class PromptEncoder(nn.Module):
     """Encodes prompts into sparse tokens and a dense map."""
 
     embed_dim: int
-    image_size: int
+    # (height, width) in pixels of the model's input.
+    input_shape: tuple[int, int]
     mask_in_chans: int = 16
     dtype: Any = jnp.float32
 
@@ -85,7 +88,8 @@ class PromptEncoder(nn.Module):
         self, coords: Float[Array, "b n 2"], labels: Int[Array, "b n"]
     ) -> Float[Array, "b n c"]:
         """Sparse embeddings of points and box corners; see `Prompts` for the labels."""
-        position = self.pe_layer((coords + 0.5) / self.image_size)
+        height, width = self.input_shape
+        position = self.pe_layer((coords + 0.5) / jnp.array([width, height], jnp.float32))
         table = jnp.concatenate(
             [self.not_a_point_embed()] + [embedding() for embedding in self.point_embeddings]
         )
@@ -105,11 +109,13 @@ class PromptEncoder(nn.Module):
         sparse = self.embed_points(prompts.coords, prompts.labels)
         # Read in either case, so that initialisation touches it.
         no_mask = self.no_mask_embed()
-        if prompts.masks is None:
-            dense = jnp.broadcast_to(
-                no_mask[:, None, None, :],
-                (prompts.labels.shape[0], *grid, self.embed_dim),
-            )
-        else:
-            dense = self.embed_masks(prompts.masks, ctx)
+        dense = jnp.broadcast_to(
+            no_mask[:, None, None, :], (prompts.labels.shape[0], *grid, self.embed_dim)
+        )
+        if prompts.masks is not None:
+            embedded = self.embed_masks(prompts.masks, ctx)
+            if prompts.has_mask is not None:
+                present = prompts.has_mask[:, None, None, None]
+                embedded = jnp.where(present, embedded, dense.astype(embedded.dtype))
+            dense = embedded
         return sparse, dense, prompts.labels > -2

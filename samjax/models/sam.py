@@ -41,7 +41,7 @@ class Sam(nn.Module):
             self.image_encoder = TinyViT(encoder, dim, self.dtype)
         else:
             self.image_encoder = ImageEncoderViT(encoder, dim, self.attention, self.dtype)
-        self.prompt_encoder = PromptEncoder(dim, config.image_size, dtype=self.dtype)
+        self.prompt_encoder = PromptEncoder(dim, config.frame.shape, dtype=self.dtype)
         self.mask_decoder = MaskDecoder(
             dim,
             config.decoder_depth,
@@ -52,21 +52,23 @@ class Sam(nn.Module):
 
     def encode(
         self,
-        image: UInt8[Array, "b s s 3"],
+        image: UInt8[Array, "b fh fw 3"],
         input_size: Int[Array, "b 2"],
         ctx: Context = DETERMINISTIC,
     ) -> Float[Array, "b h w c"]:
-        """Image embeddings (b, s / 16, s / 16, 256).
+        """Image embeddings (b, fh / 16, fw / 16, 256).
 
         `image`: uint8 RGB, resized and padded as `samjax.preprocess.prepare_image` does;
         `input_size`: (height, width) of each image without its padding.
         """
+        config = self.config
         return self.encode_normalized(
-            normalize(image, input_size, self.config.pixel_mean, self.config.pixel_std), ctx
+            normalize(image, input_size, config.normalization, config.pixel_mean, config.pixel_std),
+            ctx,
         )
 
     def encode_normalized(
-        self, x: Float[Array, "b s s 3"], ctx: Context = DETERMINISTIC
+        self, x: Float[Array, "b fh fw 3"], ctx: Context = DETERMINISTIC
     ) -> Float[Array, "b h w c"]:
         """Image embeddings of images that are normalised and padded already."""
         return self.image_encoder(x, ctx)
@@ -89,7 +91,7 @@ class Sam(nn.Module):
 
     def __call__(
         self,
-        image: UInt8[Array, "b s s 3"],
+        image: UInt8[Array, "b fh fw 3"],
         input_size: Int[Array, "b 2"],
         prompts: Prompts,
         ctx: Context = DETERMINISTIC,
@@ -128,9 +130,11 @@ def _visited(model: Sam, variables: dict[str, Any]) -> tuple[SiteInfo, ...]:
 
 def _example(config: SamConfig) -> tuple[Array, Array, Prompts]:
     # With a mask prompt, so that every parameter is touched.
-    size, side = config.image_size, 4 * config.image_size // config.image_encoder.patch_size
+    height, width = config.frame.shape
+    rows, columns = config.grid
+    mask = jnp.zeros((1, 4 * rows, 4 * columns))
     return (
-        jnp.zeros((1, size, size, 3), jnp.uint8),
-        jnp.full((1, 2), size, jnp.int32),
-        Prompts(jnp.zeros((1, 1, 2)), jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, side, side))),
+        jnp.zeros((1, height, width, 3), jnp.uint8),
+        jnp.array([[height, width]], jnp.int32),
+        Prompts(jnp.zeros((1, 1, 2)), jnp.zeros((1, 1), jnp.int32), mask),
     )

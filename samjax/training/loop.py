@@ -55,7 +55,7 @@ def fit(
     train_step = make_train_step(model, optimizer, seed=config.seed, accumulate=config.accumulate)
     dataset = train_batches(
         source,
-        image_size=model.config.image_size,
+        frame=model.config.frame,
         batch_size=config.batch_size,
         seed=config.seed,
         prompts=config.prompts,

@@ -8,12 +8,11 @@ from samjax.data.augment import NO_AUGMENTATION, AugmentConfig
 from samjax.data.pipeline import (
     batches_from,
     eval_batches,
-    prepare_mask,
     train_batches,
 )
 from samjax.data.prompts import PromptConfig, box_of, central_point
 from samjax.data.sources import FolderSource, Sample
-from samjax.preprocess import prepare_image
+from samjax.preprocess import Frame, prepare_image, prepare_mask
 
 COUNT = 7
 PROMPTS = PromptConfig(none=1.0, box=1.0, points=1.0)
@@ -43,7 +42,7 @@ class ListSource:
 def stream(source=None, seed=0, batch_size=2, augment=None, prompts=PROMPTS, image_size=32):
     return train_batches(
         source or ListSource(),
-        image_size=image_size,
+        frame=Frame(image_size, image_size),
         batch_size=batch_size,
         seed=seed,
         prompts=prompts,
@@ -133,10 +132,12 @@ def test_without_augmentation_the_batch_is_the_prepared_sample():
         batch = dataset[i]
         for row, index in enumerate(batch["index"]):
             sample = source[index]
-            image, input_size = prepare_image(sample.image, 32)
+            image, input_size = prepare_image(sample.image, Frame(32, 32))
             np.testing.assert_array_equal(batch["image"][row], image)
             np.testing.assert_array_equal(batch["input_size"][row], input_size)
-            np.testing.assert_array_equal(batch["mask"][row], prepare_mask(sample.mask, 32))
+            np.testing.assert_array_equal(
+                batch["mask"][row], prepare_mask(sample.mask, Frame(32, 32))
+            )
             if sample.mask.any():
                 height, width = sample.mask.shape
                 scale = np.tile(input_size[::-1] / (width, height), 2)
@@ -153,8 +154,8 @@ def test_prepare_mask_resizes_like_the_image():
     mask[2:6, 4:8] = True
     large = np.zeros((32, 32), bool)
     large[4:12, 8:16] = True
-    np.testing.assert_array_equal(prepare_mask(mask, 32), large)
-    np.testing.assert_array_equal(prepare_mask(large[:16], 16)[:8], mask)
+    np.testing.assert_array_equal(prepare_mask(mask, Frame(32, 32)), large)
+    np.testing.assert_array_equal(prepare_mask(large[:16], Frame(16, 16))[:8], mask)
 
 
 def test_no_prompts_have_no_slots():
@@ -164,7 +165,7 @@ def test_no_prompts_have_no_slots():
 @pytest.mark.parametrize(("kind", "slots"), [("none", 0), ("box", 2), ("point", 2)])
 def test_evaluation_keeps_the_order_and_fills_the_last_batch(kind, slots):
     source = ListSource()
-    batches = list(eval_batches(source, image_size=32, batch_size=3, prompts_for=kind))
+    batches = list(eval_batches(source, frame=Frame(32, 32), batch_size=3, prompts_for=kind))
     assert [batch["valid"].tolist() for batch in batches] == [
         [True] * 3,
         [True] * 3,
@@ -180,7 +181,7 @@ def test_evaluation_keeps_the_order_and_fills_the_last_batch(kind, slots):
             sample = source[min(3 * number + row, COUNT - 1)]
             np.testing.assert_array_equal(batch["truth"][row], sample.mask)
             np.testing.assert_array_equal(batch["original_size"][row], sample.mask.shape)
-            np.testing.assert_array_equal(batch["image"][row], prepare_image(sample.image, 32)[0])
+            np.testing.assert_array_equal(batch["image"][row], prepare_image(sample.image, Frame(32, 32))[0])
             scale = batch["input_size"][row][::-1] / sample.mask.shape[::-1]
             if not sample.mask.any():
                 assert batch["labels"][row].tolist() == [-2] * slots
@@ -202,7 +203,7 @@ def test_a_bad_file_is_named_through_the_threads(tmp_path):
     Image.fromarray(np.ones((8, 8), np.uint8)).save(tmp_path / "masks" / "bad.png")
     source = FolderSource(tmp_path, "train", fractions=(1.0, 0.0, 0.0))
     with pytest.raises(ValueError, match=r"bad\.png cannot be decoded"):
-        list(eval_batches(source, image_size=8, batch_size=2, prompts_for="none"))
+        list(eval_batches(source, frame=Frame(8, 8), batch_size=2, prompts_for="none"))
     with pytest.raises(ValueError, match=r"bad\.png cannot be decoded"):
         list(batches_from(stream(source, image_size=8), 0, 2))
 
@@ -213,4 +214,4 @@ def test_nonsense_is_refused():
     with pytest.raises(ValueError, match="seed"):
         stream(seed=-1)
     with pytest.raises(ValueError, match="no samples"):
-        eval_batches(ListSource(0), image_size=8, batch_size=1, prompts_for="none")
+        eval_batches(ListSource(0), frame=Frame(8, 8), batch_size=1, prompts_for="none")

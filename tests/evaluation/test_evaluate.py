@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from samjax.data.pipeline import eval_batches
+from samjax.preprocess import Frame
 from samjax.data.sources import Sample
 from samjax.evaluation import evaluate as evaluate_module
 from samjax.evaluation.evaluate import Evaluation, evaluate
@@ -57,11 +58,11 @@ class Images:
 @pytest.mark.parametrize("prompt", ["none", "box"])
 def test_batched_evaluation_is_one_by_one_prediction(small_model, small_params, prompt, tmp_path):
     source = Images()
-    batches = eval_batches(source, image_size=128, batch_size=2, prompts_for=prompt)
+    batches = eval_batches(source, frame=Frame(128, 128), batch_size=2, prompts_for=prompt)
     result = evaluate(small_model, {"params": small_params}, batches)
     assert result.names == tuple(f"image{i}" for i in range(5))
     compiled = evaluate_module._predict._cache_size()
-    batches = eval_batches(source, image_size=128, batch_size=2, prompts_for=prompt)
+    batches = eval_batches(source, frame=Frame(128, 128), batch_size=2, prompts_for=prompt)
     again = evaluate(small_model, {"params": small_params}, batches)
     assert evaluate_module._predict._cache_size() == compiled  # one program for all sizes
     np.testing.assert_array_equal(again.per_image["dice"], result.per_image["dice"])

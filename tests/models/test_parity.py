@@ -99,7 +99,7 @@ def test_mobile_sam_golden(asset, report_lines):
     model, params = load(asset("weights/mobile_sam.safetensors"))
     assert model.config == MODELS["vit_t"]
     _, encode, decode = functions(model)
-    image, input_size = prepare_image(golden["image"], 1024)
+    image, input_size = prepare_image(golden["image"], model.config.frame)
     assert np.array_equal(image, golden["resized"])
 
     table = Table("MobileSAM, against golden outputs", report_lines)
@@ -114,7 +114,9 @@ def test_mobile_sam_golden(asset, report_lines):
         logits, iou = decode(params, embeddings, one)
         table.add(f"{name}: low-res logits", logits, golden[f"{name}/low_res_logits"])
         table.add(f"{name}: IoU predictions", iou, golden[f"{name}/iou"])
-        masks = np.asarray(postprocess_masks(logits, 1024, (352, 352))) > MASK_THRESHOLD
+        masks = (
+            np.asarray(postprocess_masks(logits, model.config.frame, (352, 352))) > MASK_THRESHOLD
+        )
         assert np.mean(masks == golden[f"{name}/masks"]) >= 0.9999
     table.check()
 
@@ -177,8 +179,9 @@ def test_lite_medsam_golden(asset, lite_medsam, report_lines):
     table.add("box: low-res logits", logits, golden["masks4"])
     table.add("box: IoU predictions", iou, golden["iou4"])
     table.check()
-    # Its preprocessing is [0, 1], without a mean.
-    pixels = np.full((1, 256, 256, 3), 51, np.uint8)
+    # Its preprocessing is [0, 1], without a mean: the golden image is uint8 scaled so.
+    pixels = np.round(image * 255).astype(np.uint8)
     size = np.array([[256, 256]], np.int32)
-    same = encode(params, np.full((1, 256, 256, 3), 0.2, np.float32))
+    low, high = pixels.min().astype(np.float32), pixels.max().astype(np.float32)
+    same = encode(params, (pixels - low) / (high - low))
     assert np.allclose(encode_pixels(params, pixels, size), same, atol=1e-4)

@@ -1,0 +1,43 @@
+"""`samjax convert`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from tyro.conf import Positional
+
+from samjax.arguments import Outcome, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Converts weights: to a samjax checkpoint, or back to a .safetensors file with Meta's names.
+
+    Example: samjax convert sam_vit_b_01ec64.pth sam_vit_b
+    """
+
+    src: Positional[Path]
+    """A samjax checkpoint, or a .pth or .safetensors file of SAM, MobileSAM or LiteMedSAM."""
+    dst: Positional[Path]
+    """Where to write; must not exist."""
+    to: Literal["samjax", "meta"] = "samjax"
+    """samjax: a checkpoint folder; meta: a .safetensors file for PyTorch."""
+    json: bool = False
+    """Print one JSON object, on one line, last on stdout."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        """Writes the converted weights."""
+        from samjax.weights import convert
+
+        config = convert(self.src, self.dst, self.to)
+        console.print(f"{self.src} holds {config.name}; written to {self.dst}")
+        return {"model": config.name, "dst": str(self.dst), "to": self.to}
+
+
+def run(argv: list[str], console: Console) -> Outcome:
+    """Reads the arguments and runs the verb."""
+    args = parse(Convert, argv, "samjax convert", None, None)
+    return args.run(console), args.json

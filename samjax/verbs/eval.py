@@ -1,0 +1,79 @@
+"""`samjax eval`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from samjax.arguments import Outcome, parse
+from samjax.config import Config
+from samjax.verbs.experiment import open_experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalRun:
+    """Evaluates a finished run: Dice and IoU over a split, and a CSV with one row per image.
+
+    Example: samjax eval runs/kvasir_lora --split test
+    """
+
+    split: Literal["train", "validation", "test"] = "test"
+    """Which part of the data."""
+    eval_prompt: Literal["none", "box", "point"] | None = None
+    """No prompt, the truth's box or its most central point; left out, as in the run."""
+    csv: Path | None = None
+    """Where the metrics of each image go; left out, RUN/eval_SPLIT.csv."""
+    json: bool = False
+    """Print one JSON object, on one line, last on stdout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalExperiment:
+    """Evaluates an experiment's weights as they are, without training.
+
+    Example: samjax eval experiments/kvasir_lora.py --eval-prompt box --image-size 1024
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    split: Literal["train", "validation", "test"] = "test"
+    """Which part of the data."""
+    csv: Path | None = None
+    """Where the metrics of each image go; left out, nowhere."""
+    json: bool = False
+    """Print one JSON object, on one line, last on stdout."""
+
+
+def run(argv: list[str], console: Console) -> Outcome:
+    """Reads the run or the experiment and the arguments, and runs the verb."""
+    from samjax.run import evaluate_run, evaluate_weights
+
+    target = Path(argv[0]) if argv else Path()
+    if argv and target.is_dir():
+        args = parse(EvalRun, argv[1:], "samjax eval RUN", None, None)
+        csv = args.csv or target / f"eval_{args.split}.csv"
+        _check_parent(csv)
+        result = evaluate_run(target, args.split, args.eval_prompt, console)
+    else:
+        experiment = open_experiment(argv, "eval", inspect.getdoc(EvalRun) or "")
+        default = EvalExperiment(config=experiment.config)
+        prog = "samjax eval EXPERIMENT.py"
+        args = parse(EvalExperiment, argv[1:], prog, default, experiment.doc)
+        csv = args.csv
+        _check_parent(csv)
+        experiment.prepare(args.config, console)
+        result = evaluate_weights(args.config, args.split, console)
+    if csv is not None:
+        result.write_csv(csv)
+    summary = {**result.mean, "images": len(result.names), "csv": str(csv) if csv else None}
+    return summary, args.json
+
+
+def _check_parent(file: Path | None) -> None:
+    """Raises, before any work, where a file could not be written."""
+    if file is not None and not file.parent.is_dir():
+        raise FileNotFoundError(f"there is no directory {file.parent} to write into; create it")

@@ -1,0 +1,44 @@
+"""`samjax params`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from samjax.arguments import Outcome, parse
+from samjax.peft.recipes import MethodConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """Counts what a method trains in a model; needs no weights.
+
+    Example: samjax params --model vit_b --method lora
+    """
+
+    method: Annotated[MethodConfig, tyro.conf.arg(name="")]
+    model: str = "vit_b"
+    """vit_b, vit_l, vit_h, vit_t (MobileSAM) or lite_medsam."""
+    json: bool = False
+    """Print one JSON object, on one line, last on stdout."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        """Prints the report and the counts."""
+        from samjax.models import MODELS, Sam
+        from samjax.peft import report
+
+        if self.model not in MODELS:
+            raise ValueError(f"unknown model {self.model!r}; known are {', '.join(MODELS)}")
+        counts = report(self.method.spec(), Sam(MODELS[self.model]))
+        console.print(str(counts))
+        names = ("total", "adapter", "decoder", "trainable")
+        return {name: getattr(counts, name) for name in names}
+
+
+def run(argv: list[str], console: Console) -> Outcome:
+    """Reads the arguments and runs the verb."""
+    args = parse(Params, argv, "samjax params", Params(method=MethodConfig()), None)
+    return args.run(console), args.json

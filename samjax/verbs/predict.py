@@ -1,0 +1,67 @@
+"""`samjax predict`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from tyro.conf import Positional, UseAppendAction
+
+from samjax.arguments import Outcome, numbers, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Predict:
+    """Predicts masks for an image.
+
+    Without points and boxes there is no prompt: for adapters that were trained so. Points and one
+    box together are one prompt; several boxes are several prompts.
+
+    Example: samjax predict photo.jpg --weights sam_vit_b --box 40,30,210,180 --out masks
+    """
+
+    image: Positional[Path]
+    """An image file."""
+    weights: str
+    """A samjax checkpoint, or a .pth or .safetensors file."""
+    out: Path
+    """The folder to write masks and the overlay to; files of the same names are replaced."""
+    adapter: Path | None = None
+    """An adapter file that `samjax train` wrote for these weights."""
+    point: UseAppendAction[tuple[str, ...]] = ()
+    """X,Y,LABEL in pixels; label 1 is the object, 0 the background. May be repeated."""
+    box: UseAppendAction[tuple[str, ...]] = ()
+    """X0,Y0,X1,Y1 in pixels; edges may lie on the image's. May be repeated."""
+    multimask: bool = False
+    """Three masks per prompt instead of one."""
+    image_size: int | tuple[int, int] | None = None
+    """The model's input in pixels: a side, or height and width; left out, the adapter's, or the model's own."""
+    save_logits: bool = False
+    """Write logits.npz: low_res_logits, iou_predictions, image_embeddings."""
+    json: bool = False
+    """Print one JSON object, on one line, last on stdout."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        """Writes mask_*.png and overlay.png."""
+        from samjax.predict_files import predict_files
+
+        return predict_files(
+            self.image,
+            self.weights,
+            self.out,
+            adapter=self.adapter,
+            points=[numbers(text, "--point", ("X", "Y", "LABEL")) for text in self.point],
+            boxes=[numbers(text, "--box", ("X0", "Y0", "X1", "Y1")) for text in self.box],
+            multimask=self.multimask,
+            image_size=self.image_size,
+            save_logits=self.save_logits,
+            console=console,
+        )
+
+
+def run(argv: list[str], console: Console) -> Outcome:
+    """Reads the arguments and runs the verb."""
+    args = parse(Predict, argv, "samjax predict", None, None)
+    return args.run(console), args.json

@@ -1,0 +1,45 @@
+"""`samjax train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from samjax.arguments import Outcome, parse
+from samjax.config import Config
+from samjax.verbs.experiment import open_experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Fine-tunes as an experiment file says; its settings can be changed by flags.
+
+    Example: samjax train experiments/kvasir_lora.py --data Kvasir-SEG --epochs 5 --out runs/k
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    out: Path
+    """The run's folder."""
+    resume: bool = False
+    """Go on where an interrupted run in --out stopped."""
+    json: bool = False
+    """Print one JSON object, on one line, last on stdout."""
+
+
+def run(argv: list[str], console: Console) -> Outcome:
+    """Reads the experiment and the arguments, and runs the verb."""
+    experiment = open_experiment(argv, "train", inspect.getdoc(Train) or "")
+    default = Train(config=experiment.config, out=Path("runs") / Path(argv[0]).stem)
+    args = parse(Train, argv[1:], "samjax train EXPERIMENT.py", default, experiment.doc)
+    from samjax.run import check_out, train
+
+    # Before `prepare`, which may download.
+    check_out(args.config, args.out, args.resume)
+    experiment.prepare(args.config, console)
+    summary = train(args.config, args.out, resume=args.resume, console=console)
+    return summary, args.json
