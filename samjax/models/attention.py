@@ -40,17 +40,19 @@ def attend(
 
 
 def relative_table(size: int, rel_pos: Float[Array, "l d"]) -> Float[Array, "n n d"]:
-    """The embedding of each (query, key) offset along one axis of `size` tokens (`get_rel_pos`).
-
-    A table for another size is resized linearly, without antialiasing, as torch does.
-    """
-    length = 2 * size - 1
-    if rel_pos.shape[0] != length:
-        rel_pos = jax.image.resize(
-            rel_pos.astype(jnp.float32), (length, rel_pos.shape[1]), "linear", antialias=False
-        )
+    """The embedding of each (query, key) offset along one axis of `size` tokens (`get_rel_pos`)."""
     offsets = np.arange(size)[:, None] - np.arange(size)[None, :] + size - 1
-    return rel_pos[offsets]
+    return resize_relative(rel_pos, size)[offsets]
+
+
+def resize_relative(rel_pos: Float[Array, "l d"], size: int) -> Float[Array, "m d"]:
+    """The table of `size` tokens' 2 * size - 1 offsets; linear, not antialiased, as torch's."""
+    length = 2 * size - 1
+    if rel_pos.shape[0] == length:
+        return rel_pos
+    return jax.image.resize(
+        rel_pos.astype(jnp.float32), (length, rel_pos.shape[1]), "linear", antialias=False
+    )
 
 
 def attend_map(

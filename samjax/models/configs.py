@@ -25,9 +25,16 @@ class VitConfig:
     global_attn_indexes: tuple[int, ...] = (2, 5, 8, 11)
     window_size: int = 14
     patch_size: int = 16
-    # Side of the token grid that `pos_embed` and the global `rel_pos` tables were trained on.
-    pretrain_grid: int = 64
+    # The token grid that `pos_embed` and the global `rel_pos` tables were trained on: a side, or
+    # (rows, columns).
+    pretrain_grid: ImageSize = 64
     kind: str = "vit"
+
+    @property
+    def position_grid(self) -> tuple[int, int]:
+        """(rows, columns) of `pretrain_grid`."""
+        grid = self.pretrain_grid
+        return (grid, grid) if isinstance(grid, int) else grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +79,22 @@ class SamConfig:
     decoder_depth: int = 2
     decoder_num_heads: int = 8
     decoder_mlp_dim: int = 2048
+
+    @property
+    def architecture(self) -> SamConfig:
+        """The config without its name, its input and its preprocessing.
+
+        Models of equal architectures have the same tensors, which thus cannot tell them apart.
+        """
+        return dataclasses.replace(
+            self,
+            name="",
+            image_size=0,
+            resize="longest_side",
+            normalization="pixel",
+            pixel_mean=(0.0, 0.0, 0.0),
+            pixel_std=(1.0, 1.0, 1.0),
+        )
 
     @property
     def frame(self) -> Frame:

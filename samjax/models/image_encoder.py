@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from samjax.models import windows
 from samjax.models.attention import AttentionKind, attend_map
 from samjax.models.configs import VitConfig
-from samjax.nn import Context, Conv, Dense, LayerNorm, Segments, gelu
+from samjax.nn import Context, Conv, Dense, LayerNorm, Remat, Segments, gelu, rematerialized
 
 
 class Mlp(nn.Module):
@@ -32,8 +32,8 @@ class Attention(nn.Module):
     """Multi-head attention over a token map with decomposed relative positions."""
 
     num_heads: int
-    # Side of the token map for which the relative-position tables were made.
-    table_size: int
+    # (rows, columns) of the token map for which the relative-position tables were made.
+    table_grid: tuple[int, int]
     kind: AttentionKind = "chunked"
     dtype: Any = jnp.float32
 
@@ -41,9 +41,10 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"], ctx: Context) -> Float[Array, "b h w c"]:
         """(b, h, w, c) -> (b, h, w, c)."""
         batch, height, width, dim = x.shape
-        shape = (2 * self.table_size - 1, dim // self.num_heads)
-        rel_pos_h = self.param("rel_pos_h", nn.initializers.zeros, shape)
-        rel_pos_w = self.param("rel_pos_w", nn.initializers.zeros, shape)
+        rel_pos_h, rel_pos_w = (
+            self.param(name, nn.initializers.zeros, (2 * size - 1, dim // self.num_heads))
+            for name, size in zip(("rel_pos_h", "rel_pos_w"), self.table_grid, strict=True)
+        )
         segments = Segments(("q", "k", "v"), "thirds", self.num_heads)
         qkv = Dense(3 * dim, dtype=self.dtype, segments=segments, name="qkv")(x, ctx)
         qkv = qkv.reshape(batch, height, width, 3, self.num_heads, -1)
@@ -65,9 +66,10 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"], ctx: Context) -> Float[Array, "b h w c"]:
         """(b, h, w, c) -> (b, h, w, c)."""
         batch, height, width, dim = x.shape
+        window = (self.window_size, self.window_size)
         attn = Attention(
             num_heads=self.config.num_heads,
-            table_size=self.window_size or self.config.pretrain_grid,
+            table_grid=window if self.window_size else self.config.position_grid,
             kind=self.attention,
             dtype=self.dtype,
             name="attn",
@@ -113,20 +115,21 @@ class ImageEncoderViT(nn.Module):
     out_chans: int = 256
     attention: AttentionKind = "chunked"
     dtype: Any = jnp.float32
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w 3"], ctx: Context) -> Float[Array, "b gh gw d"]:
         """Normalised images (b, h, w, 3) -> image embeddings (b, h / 16, w / 16, out_chans)."""
         config = self.config
         x = PatchEmbed(config.embed_dim, config.patch_size, self.dtype, name="patch_embed")(x, ctx)
-        grid = config.pretrain_grid
         pos_embed = self.param(
-            "pos_embed", nn.initializers.normal(0.02), (1, grid, grid, config.embed_dim)
+            "pos_embed", nn.initializers.normal(0.02), (1, *config.position_grid, config.embed_dim)
         )
         x = x + resize_positions(pos_embed, x.shape[1], x.shape[2]).astype(self.dtype)
+        block_type = rematerialized(Block, self.remat)
         for i in range(config.depth):
             window = 0 if i in config.global_attn_indexes else config.window_size
-            block = Block(config, window, self.attention, self.dtype, name=f"blocks_{i}")
+            block = block_type(config, window, self.attention, self.dtype, name=f"blocks_{i}")
             x = block(x, ctx)
         return apply_neck(x, self.out_chans, self.dtype, ctx)
 

@@ -16,7 +16,7 @@ from samjax.models.image_encoder import ImageEncoderViT
 from samjax.models.mask_decoder import MaskDecoder
 from samjax.models.prompt_encoder import PromptEncoder, Prompts
 from samjax.models.tiny_vit import TinyViT
-from samjax.nn import Context, SiteInfo, record_sites
+from samjax.nn import Context, Remat, SiteInfo, record_sites
 from samjax.preprocess import normalize
 
 DETERMINISTIC = Context()
@@ -26,21 +26,26 @@ class Sam(nn.Module):
     """A SAM of any size. Parameter paths follow the original's keys.
 
     `variables` of `apply` are `{"params": ..., "peft": ...}`; the second tree is optional. With
-    `dtype=bfloat16`, parameters may stay float32; softmax, norms and outputs are float32.
+    `dtype=bfloat16`, parameters may stay float32; softmax, norms and outputs are float32. With
+    `remat="blocks"` the backward pass keeps what enters each block of the encoder and computes the
+    rest again: a fraction of the memory for about a third more work.
     """
 
     config: SamConfig
     attention: AttentionKind = "chunked"
     dtype: Any = jnp.float32
+    remat: Remat = "none"
 
     def setup(self) -> None:
         """Names submodules as the original does."""
         config, dim = self.config, self.config.prompt_embed_dim
         encoder = config.image_encoder
         if isinstance(encoder, TinyVitConfig):
-            self.image_encoder = TinyViT(encoder, dim, self.dtype)
+            self.image_encoder = TinyViT(encoder, dim, self.dtype, self.remat)
         else:
-            self.image_encoder = ImageEncoderViT(encoder, dim, self.attention, self.dtype)
+            self.image_encoder = ImageEncoderViT(
+                encoder, dim, self.attention, self.dtype, self.remat
+            )
         self.prompt_encoder = PromptEncoder(dim, config.frame.shape, dtype=self.dtype)
         self.mask_decoder = MaskDecoder(
             dim,

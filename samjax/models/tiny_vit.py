@@ -18,7 +18,18 @@ from samjax.models import windows
 from samjax.models.attention import attend
 from samjax.models.configs import TinyVitConfig
 from samjax.models.image_encoder import apply_neck
-from samjax.nn import BatchNorm, Context, Conv, Dense, DepthwiseConv, LayerNorm, Segments, gelu
+from samjax.nn import (
+    BatchNorm,
+    Context,
+    Conv,
+    Dense,
+    DepthwiseConv,
+    LayerNorm,
+    Remat,
+    Segments,
+    gelu,
+    rematerialized,
+)
 
 
 class ConvBN(nn.Module):
@@ -158,17 +169,19 @@ class Stage(nn.Module):
     config: TinyVitConfig
     index: int
     dtype: Any = jnp.float32
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], ctx: Context) -> Float[Array, "b oh ow d"]:
         """(b, h, w, c) -> (b, h / stride, w / stride, channels of the next stage)."""
         config, i = self.config, self.index
+        conv_type, block_type = (rematerialized(block, self.remat) for block in (MBConv, Block))
         for j in range(config.depths[i]):
             if i == 0:
-                x = MBConv(self.dtype, name=f"blocks_{j}")(x, ctx)
+                x = conv_type(self.dtype, name=f"blocks_{j}")(x, ctx)
             else:
                 heads, window = config.num_heads[i], config.window_sizes[i]
-                x = Block(heads, window, self.dtype, name=f"blocks_{j}")(x, ctx)
+                x = block_type(heads, window, self.dtype, name=f"blocks_{j}")(x, ctx)
         last = len(config.depths) - 1
         if i < last:
             # MobileSAM keeps the resolution of the last stage.
@@ -184,11 +197,12 @@ class TinyViT(nn.Module):
     config: TinyVitConfig
     out_chans: int = 256
     dtype: Any = jnp.float32
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w 3"], ctx: Context) -> Float[Array, "b gh gw d"]:
         """Normalised images (b, h, w, 3) -> image embeddings (b, h / p, w / p, out_chans)."""
         x = PatchEmbed(self.config, self.dtype, name="patch_embed")(x, ctx)
         for i in range(len(self.config.depths)):
-            x = Stage(self.config, i, self.dtype, name=f"layers_{i}")(x, ctx)
+            x = Stage(self.config, i, self.dtype, self.remat, name=f"layers_{i}")(x, ctx)
         return apply_neck(x, self.out_chans, self.dtype, ctx)
