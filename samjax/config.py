@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import importlib.util
 import json
 import math
@@ -71,6 +72,14 @@ class Config:
     log_every: int = 10
     # Steps between two checkpoints.
     checkpoint_every: int = 100
+    # Steps between two evaluations on the validation split; left out, there are none.
+    validate_every: int | None = None
+    # What validations compare, the mean over images.
+    best_metric: Literal["dice", "iou"] = "dice"
+    # The state that becomes the adapter: the last one, or the one of the best validation.
+    keep: Literal["last", "best"] = "last"
+    # Validations in a row without a new best after which the run ends early; left out, it does not.
+    patience: int | None = None
     # Test images in the gallery.
     gallery: int = 6
 
@@ -81,9 +90,17 @@ class Config:
             "eval_batch_size",
             "log_every",
             "checkpoint_every",
+            "validate_every",
+            "patience",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.validate_every is None:
+            if self.keep == "best":
+                raise ValueError("keep best compares validations: set validate_every, or keep last")
+            if self.patience is not None:
+                raise ValueError("patience counts validations: set validate_every, or leave it out")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}"
@@ -120,19 +137,28 @@ class Config:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Config:
         """Rebuilds a config. Raises ValueError for what is no config of this version."""
-        parts = {
-            "method": MethodConfig,
-            "optimizer": OptimizerConfig,
-            "prompts": PromptConfig,
-            "augment": AugmentConfig,
-        }
         try:
-            nested = {name: cls(**data[name]) for name, cls in parts.items()}
-            # JSON has no tuples.
-            flat = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-            return Config(**{**flat, **nested})
-        except (KeyError, TypeError) as error:
+            return _rebuild(Config, data)
+        except TypeError as error:
             raise ValueError(f"not a config of this samjax: {error}") from None
+
+
+def _rebuild(cls: type, data: Any, inside: str = "") -> Any:
+    """A dataclass from its `asdict`. Raises ValueError for a field that it has not."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{inside.rstrip('.') or 'a config'} must hold settings by name")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values = {}
+    for name, value in data.items():
+        if name not in fields:
+            nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown setting {inside}{name}; the nearest is {inside}{nearest}")
+        default = fields[name].default
+        if dataclasses.is_dataclass(default):
+            value = _rebuild(type(default), value, f"{inside}{name}.")
+        # JSON has no tuples.
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)
 
 
 def cache_dir() -> Path:

@@ -17,8 +17,21 @@ def test_evaluation_takes_the_heaviest_prompt_of_training():
 def test_survives_json():
     config = Config(weights="w", prompts=PromptConfig(box=1.0), fractions=(0.5, 0.25, 0.25))
     assert Config.from_json(config.to_json()) == config
-    with pytest.raises(ValueError, match="not a config of this samjax"):
-        Config.from_json({"weights": "w"})
+    assert Config.from_json({"weights": "w"}) == Config(weights="w")  # as of an older samjax
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"wieghts": "w"}, "unknown setting wieghts; the nearest is weights"),
+        ({"optimizer": {"lr_rate": 1.0}}, "optimizer.lr_rate; the nearest is optimizer.learning_"),
+        ({"optimizer": 3}, "optimizer must hold settings by name"),
+        ({"steps": "three"}, "not a config of this samjax"),
+    ],
+)
+def test_json_that_is_no_config(data, message):
+    with pytest.raises(ValueError, match=message):
+        Config.from_json(data)
 
 
 def test_steps():
@@ -36,6 +49,10 @@ def test_steps():
         {"steps": 0},
         {"batch_size": 0},
         {"batch_size": 4, "accumulate": 3},
+        {"validate_every": 0},
+        {"validate_every": 5, "patience": 0},
+        {"patience": 2},
+        {"keep": "best"},
     ],
 )
 def test_settings_out_of_range(bad):
