@@ -13,9 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-
-from samjax.terminal import Interrupted, notices_on
+from samjax.terminal import Interrupted, error_console, notices_on
 
 _HELP = """usage: samjax VERB ...
 
@@ -45,7 +43,7 @@ _VERBS = ("convert", "predict", "train", "eval", "params", "merge")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console = error_console()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         sys.stdout.write(_HELP)
         return 0 if arguments else 2
