@@ -36,6 +36,15 @@ class Context:
         return jax.random.fold_in(self.rng, zlib.crc32(path.encode()))
 
 
+# What the backward pass computes again instead of keeping: nothing, or the inside of each block.
+Remat = Literal["none", "blocks"]
+
+
+def rematerialized(block: type[nn.Module], remat: Remat) -> type[nn.Module]:
+    """`block` as the encoders build it, under `jax.checkpoint` where `remat` says so."""
+    return block if remat == "none" else nn.remat(block)
+
+
 @dataclasses.dataclass(frozen=True)
 class Segments:
     """How the named parts of a fused projection lie in its output channels.
