@@ -20,24 +20,26 @@ _HELP = """usage: samjax VERB ...
 Segment Anything in JAX, made to be fine-tuned with few parameters.
 
 verbs:
+  weights   the published weights, by name: a list, or one of them
+            samjax weights get mobile_sam
   convert   weights from PyTorch to samjax and back
-            samjax convert sam_vit_b_01ec64.pth sam_vit_b
+            samjax convert sam_vit_b converted
   predict   masks for an image from points and boxes
             samjax predict photo.jpg --weights sam_vit_b --point 320,200,1 --out masks
   train     fine-tune, as an experiment file says
-            samjax train experiments/kvasir_lora.py --weights mobile_sam.pt --data Kvasir-SEG
+            samjax train experiments/kvasir_lora.py --weights mobile_sam --data Kvasir-SEG
   eval      Dice and IoU of a run, or of an experiment's weights before training
             samjax eval runs/kvasir_lora --split test
   params    how many numbers a method trains
             samjax params --model vit_b --method lora
   merge     fold an adapter into its weights
-            samjax merge --weights mobile_sam.pt --adapter runs/kvasir_lora/adapter.safetensors dst
+            samjax merge --weights mobile_sam --adapter runs/kvasir_lora/adapter.safetensors dst
 
 `samjax VERB --help` lists a verb's options.
 """
 
 
-_VERBS = ("convert", "predict", "train", "eval", "params", "merge")
+_VERBS = ("weights", "convert", "predict", "train", "eval", "params", "merge")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,6 @@ import difflib
 import importlib.util
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +32,7 @@ _FLAT = tyro.conf.arg(name="")
 class Config:
     """A fine-tuning run: model, data, method, optimisation, evaluation."""
 
-    # A samjax checkpoint, or a .pth or .safetensors file that `samjax convert` reads.
+    # A samjax checkpoint, a .pth or .safetensors file, or a name that `samjax weights list` shows.
     weights: str = ""
     # A folder of images and masks; see `samjax.data.sources.FolderSource` for its layouts.
     data: str = ""
@@ -159,13 +158,6 @@ def _rebuild(cls: type, data: Any, inside: str = "") -> Any:
         # JSON has no tuples.
         values[name] = tuple(value) if isinstance(value, list) else value
     return cls(**values)
-
-
-def cache_dir() -> Path:
-    """Where downloads are kept: $SAMJAX_CACHE, or samjax/ in the user's cache folder."""
-    if "SAMJAX_CACHE" in os.environ:
-        return Path(os.environ["SAMJAX_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "samjax"
 
 
 @dataclasses.dataclass(frozen=True)

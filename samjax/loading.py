@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,9 +27,11 @@ def load(
 ) -> tuple[Sam, dict[str, Any]]:
     """The model and its parameters from a samjax checkpoint, a `.pth` or a `.safetensors` file.
 
-    `image_size`: the model's input in pixels, a side or (height, width); None keeps the checkpoint's own. `dtype`
-    is that of the computation. Parameters are float32 numpy arrays, whatever the file holds. Raises
-    FileNotFoundError, or ValueError with one sentence on what is wrong.
+    Or from a name that `samjax weights list` shows, such as "sam_vit_b", whose file is downloaded
+    once. `image_size`: the model's input in pixels, a side or (height, width); None keeps the
+    checkpoint's own. `dtype` is that of the computation. Parameters are float32 numpy arrays,
+    whatever the file holds. Raises FileNotFoundError, ValueError, or DownloadError with one
+    sentence on what is wrong.
     """
     config, params = _read(weights)
     return Sam(config.with_image_size(image_size), attention, jnp.dtype(dtype)), params
@@ -60,5 +61,5 @@ def load_adapted(
 
 
 def _read(weights: str | os.PathLike[str]) -> tuple[SamConfig, dict[str, Any]]:
-    config, params = read_weights(Path(weights).expanduser())
+    config, params = read_weights(weights)
     return config, jax.tree.map(lambda x: np.asarray(x, np.float32), params)

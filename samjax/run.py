@@ -22,6 +22,7 @@ import numpy as np
 from rich.console import Console
 
 from samjax import peft as peft_lib
+from samjax.catalog import is_name
 from samjax.config import Config, read_run_config
 from samjax.data.pipeline import eval_batches
 from samjax.data.sources import FolderSource, Source
@@ -214,11 +215,14 @@ def _check_inputs(out: Path, inputs: dict[str, str], config: Config) -> None:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The config with paths that hold from any folder, so that a run can be evaluated anywhere."""
+    """The config with paths that hold from any folder, so that a run can be evaluated anywhere.
+
+    A name of `samjax.catalog` holds anywhere already.
+    """
     absolute = {
         name: str(Path(path).expanduser().absolute())
         for name in ("weights", "data")
-        if (path := getattr(config, name))
+        if (path := getattr(config, name)) and not (name == "weights" and is_name(path))
     }
     return dataclasses.replace(config, **absolute)
 

@@ -17,6 +17,7 @@ import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
+from samjax.catalog import resolve
 from samjax.files import write_beside
 from samjax.models import SamConfig
 from weights_convert import CheckpointError, from_params, read_tensors, recognise, to_params
@@ -33,9 +34,10 @@ _PARAMS = "params"
 def read_weights(path: PathLike) -> tuple[SamConfig, Params]:
     """Config and parameters (numpy) of a samjax checkpoint or of a file of the original's tensors.
 
-    Raises FileNotFoundError, or ValueError with one sentence on what is wrong.
+    A name of `samjax.catalog` stands for its file, downloaded when the cache lacks it. Raises
+    FileNotFoundError, ValueError, or DownloadError with one sentence on what is wrong.
     """
-    path = Path(path)
+    path = resolve(path)
     if path.is_dir():
         return load_checkpoint(path)
     tensors = read_tensors(path)

@@ -20,7 +20,7 @@ class Convert:
     """
 
     src: Positional[Path]
-    """A samjax checkpoint, or a .pth or .safetensors file of SAM, MobileSAM or LiteMedSAM."""
+    """A samjax checkpoint, a .pth or .safetensors file, or a name of `samjax weights list`."""
     dst: Positional[Path]
     """Where to write; must not exist."""
     to: Literal["samjax", "meta"] = "samjax"

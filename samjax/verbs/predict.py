@@ -25,7 +25,7 @@ class Predict:
     image: Positional[Path]
     """An image file."""
     weights: str
-    """A samjax checkpoint, or a .pth or .safetensors file."""
+    """A samjax checkpoint, a .pth or .safetensors file, or a name of `samjax weights list`."""
     out: Path
     """The folder to write masks and the overlay to; files of the same names are replaced."""
     adapter: Path | None = None
@@ -37,7 +37,8 @@ class Predict:
     multimask: bool = False
     """Three masks per prompt instead of one."""
     image_size: int | tuple[int, int] | None = None
-    """The model's input in pixels: a side, or height and width; left out, the adapter's, or the model's own."""
+    """The model's input in pixels: a side, or height and width; left out, the adapter's, or the
+    model's own."""
     save_logits: bool = False
     """Write logits.npz: low_res_logits, iou_predictions, image_embeddings."""
     json: bool = False
