@@ -34,8 +34,14 @@ class Config:
 
     # A samjax checkpoint, a .pth or .safetensors file, or a name that `samjax weights list` shows.
     weights: str = ""
-    # A folder of images and masks; see `samjax.data.sources.FolderSource` for its layouts.
+    # A folder of images and masks or label images, or a COCO dataset (its folder or its JSON); see
+    # `samjax.data.folder` and `samjax.data.coco` for the layouts.
     data: str = ""
+    # Whether all that is marked in an image is one mask, or each object (COCO's annotations, the
+    # values of label images) is a sample of its own, whose prompt is drawn from that object.
+    objects: Literal["together", "each"] = "together"
+    # What counts as an object: COCO's categories by name, or values in label images; left out, all.
+    classes: tuple[str, ...] = ()
     # What the weights must be, such as vit_b or vit_t; "auto" takes what they are.
     model: str = "auto"
     # The model's input in pixels: a side, or height and width; left out, the model's own.
@@ -100,6 +106,11 @@ class Config:
                 raise ValueError("keep best compares validations: set validate_every, or keep last")
             if self.patience is not None:
                 raise ValueError("patience counts validations: set validate_every, or leave it out")
+        if self.objects == "each" and (self.prompts.none or self.evaluation_prompt == "none"):
+            raise ValueError(
+                "with objects each a prompt must tell which object is meant: set prompts.none to 0 "
+                "and prompts.box or prompts.points to 1, and no eval_prompt none"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}"

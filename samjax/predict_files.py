@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from samjax.data.prompts import encode_prompt
-from samjax.data.sources import read_image
+from samjax.data.images import read_image
 from samjax.files import write_beside
 from samjax.loading import load, load_adapted
 from samjax.models import ImageSize

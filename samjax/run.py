@@ -25,13 +25,13 @@ from samjax import peft as peft_lib
 from samjax.catalog import is_name
 from samjax.config import Config, read_run_config
 from samjax.data.pipeline import eval_batches
-from samjax.data.sources import FolderSource, Source
+from samjax.data.sources import Dataset, Source, open_source
 from samjax.evaluation.evaluate import Evaluation, evaluate
 from samjax.evaluation.gallery import draw_gallery
 from samjax.files import write_beside
 from samjax.loading import load, load_adapted
 from samjax.models import MODELS, Sam
-from samjax.terminal import progress_bar
+from samjax.terminal import progress_bar, progress_on
 from samjax.training.loop import fit
 from samjax.viz import save_png
 from samjax.weights import params_sha256
@@ -42,11 +42,17 @@ ADAPTER = "adapter.safetensors"
 _FREE_ON_RESUME = frozenset({"log_every", "checkpoint_every", "eval_batch_size", "gallery"})
 
 
-def open_source(config: Config, split: str) -> FolderSource:
+def open_data(config: Config, split: str, console: Console) -> Dataset:
     """One split of the run's data. Raises ValueError where it cannot be used."""
-    if not config.data:
-        raise ValueError("no data: pass --data FOLDER, a folder of images and masks")
-    return FolderSource(config.data, split, seed=config.seed, fractions=config.fractions)
+    return open_source(
+        config.data,
+        split,
+        seed=config.seed,
+        fractions=config.fractions,
+        objects=config.objects,
+        classes=config.classes,
+        track=progress_on(console),
+    )
 
 
 def open_model(config: Config, adapter: Path | None = None) -> tuple[Sam, Any]:
@@ -114,7 +120,7 @@ def evaluate_weights(config: Config, split: str, console: Console) -> Evaluation
 
 
 def _evaluate(config: Config, split: str, console: Console, adapter: Path | None) -> Evaluation:
-    source = open_source(config, split)
+    source = open_data(config, split, console)
     model, variables = open_model(config, adapter)
     return evaluate_source(config, model, variables, source, console, f"evaluating {split}")
 
@@ -132,7 +138,7 @@ def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[
         console.print(f"{out} is finished already")
         return json.loads((out / "summary.json").read_text())
     spec = config.method.spec()
-    train_source, test_source = open_source(config, "train"), open_source(config, "test")
+    train_source, test_source = (open_data(config, name, console) for name in ("train", "test"))
     for source in (train_source, test_source):
         source.check_sizes()
     model, variables = open_model(config)
@@ -195,7 +201,7 @@ def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[
     return summary
 
 
-def _names_sha256(source: FolderSource) -> str:
+def _names_sha256(source: Dataset) -> str:
     return hashlib.sha256("\n".join(source.names).encode()).hexdigest()
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -16,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+from samjax.data.walk import Track
 
 
 def error_console() -> Console:
@@ -45,6 +48,19 @@ def download_bar(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
+
+
+def progress_on(console: Console) -> Track:
+    """Shows on a console how many of some items went by."""
+
+    def track(items: Iterable[Any], title: str, total: int) -> Iterator[Any]:
+        with progress_bar(console) as bar:
+            task = bar.add_task(title, total=total, note="")
+            for item in items:
+                yield item
+                bar.advance(task)
+
+    return track
 
 
 class Interrupted(RuntimeError):

@@ -16,7 +16,7 @@ from PIL import Image
 
 import samjax
 from samjax import cli
-from samjax.data.sources import read_image
+from samjax.data.images import read_image
 from samjax.weights import read_weights, save_checkpoint
 from weights_convert import from_params, read_tensors
 

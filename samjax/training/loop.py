@@ -18,7 +18,7 @@ from rich.console import Console
 from samjax import peft as peft_lib
 from samjax.config import Config
 from samjax.data.pipeline import batches_from, train_batches
-from samjax.data.sources import FolderSource
+from samjax.data.sources import Dataset
 from samjax.files import write_beside
 from samjax.models import Sam
 from samjax.terminal import Interrupted, progress_bar
@@ -33,7 +33,7 @@ def fit(
     model: Sam,
     spec: peft_lib.PeftSpec,
     base: Any,
-    source: FolderSource,
+    source: Dataset,
     out: Path,
     console: Console,
 ) -> tuple[Any, float | None]:

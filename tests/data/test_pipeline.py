@@ -11,7 +11,8 @@ from samjax.data.pipeline import (
     train_batches,
 )
 from samjax.data.prompts import PromptConfig, box_of, central_point
-from samjax.data.sources import FolderSource, Sample
+from samjax.data.folder import FolderSource
+from samjax.data.sources import Sample
 from samjax.preprocess import Frame, prepare_image, prepare_mask
 
 COUNT = 7

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samjax.data.sources import FolderSource, Source, read_image, read_mask
+from samjax.data.folder import FolderSource
+from samjax.data.images import read_image, read_mask
+from samjax.data.sources import Dataset
 
 
 def write(file, array, mode=None, **options):
@@ -41,7 +43,7 @@ def test_split_folders(tmp_path, folder, asked):
     (tmp_path / folder / "images" / "._b.JPG").write_bytes(b"macOS")
     (tmp_path / folder / "images" / "Thumbs.db").write_bytes(b"Windows")
     source = FolderSource(tmp_path, asked)
-    assert isinstance(source, Source)
+    assert isinstance(source, Dataset)
     assert source.names == ("a.1", "b") and len(source) == 2
     assert source[1].name == "b"
     np.testing.assert_array_equal(source[0].mask, np.eye(4, 6, dtype=bool))
@@ -83,16 +85,16 @@ def test_pairing_is_checked_at_construction(tmp_path):
     write(tmp_path / "masks" / "e.png", np.zeros((2, 2), np.uint8))
     write(tmp_path / "masks" / "e_mask.png", np.zeros((2, 2), np.uint8))
     message = complaint(tmp_path)
-    assert "images without a mask: 'a', 'b', 'c' and 1 more" in message
-    assert "masks without an image: 'e_mask'" in message
+    assert "images without a mask: 'a.png', 'b.png', 'c.png' and 1 more" in message
+    assert "masks without an image: 'e_mask.png'" in message
     write(tmp_path / "images" / "a.jpg", np.zeros((2, 2), np.uint8))
-    assert "several files for 'a'" in complaint(tmp_path)
+    assert "several files of one name: 'a.jpg', 'a.png'" in complaint(tmp_path)
 
 
 def test_ambiguous_layouts_are_refused(tmp_path):
     write_pair(tmp_path / "val", "a")
     write_pair(tmp_path / "validation", "a")
-    assert "both validation/ and val/" in complaint(tmp_path, "val")
+    assert "validation and val for the split" in complaint(tmp_path, "val")
     write_pair(tmp_path, "a")
     assert "keep one of the two layouts" in complaint(tmp_path)
 

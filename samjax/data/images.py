@@ -1,0 +1,149 @@
+"""Image files as arrays: pictures as RGB, masks as booleans, label images as integers.
+
+All files go through `_decode`, so that EXIF orientation, errors and zero sizes mean the same for
+each. Pictures: grey, palette, CMYK and bilevel files are converted, alpha is dropped, and grey
+images of 16 bits become 8 bits as round(value / 257), whatever their own brightest pixel is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Int, Shaped, UInt8
+from PIL import ExifTags, Image, ImageOps
+
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+
+_logger = logging.getLogger("samjax")
+
+
+def read_image(file: Path) -> UInt8[np.ndarray, "h w 3"]:
+    """Decodes an image file to RGB in [0, 255]; ValueError names a file that cannot be decoded."""
+    image = _decode(file)
+    if image.mode.startswith("I"):
+        image = Image.fromarray(_sixteen_to_eight_bits(np.asarray(image), file))
+    elif image.mode == "F":
+        raise ValueError(f"{file} holds floating-point pixels: save it with 8 or 16 bits a channel")
+    if "transparency" in image.info:
+        # Pillow warns where a transparent palette becomes RGB at once.
+        image = image.convert("RGBA")
+    return np.array(image.convert("RGB"))
+
+
+def read_mask(file: Path) -> tuple[Bool[np.ndarray, "h w"], str | None]:
+    """Decodes a mask file to one boolean channel, and says what a user should know about it.
+
+    - Palette colours other than black, and whatever is not transparent, are the object.
+    - One or two values, {0, 1}, {0, 255}, {0, x}: the object is where the value exceeds 0.
+    - More values in a JPEG, or a grey image that is black and white but for one pixel in ten:
+      lossy or blurred, the object is where the value exceeds 127, and there is a notice.
+    - Otherwise a label image: the object is where the label exceeds 0, and there is a notice.
+    """
+    image = _decode(file)
+    values, is_label_image = _mask_values(image)
+    present = np.unique(values)
+    is_binary = len(present) == 1 or (len(present) == 2 and present[0] == 0)
+    if is_binary:
+        # A JPEG of one value is the inside or the outside of an object, give or take an error.
+        is_lossy = image.format == "JPEG" and len(present) == 1
+        return (values > 127 if is_lossy else values > 0), None
+    # Blurred edges aside, a mask in grey is black and white; labels are anything else.
+    is_grey_mask = np.mean((values > 16) & (values < 239)) < 0.1 and present[-1] >= 239
+    if is_label_image or (image.format != "JPEG" and not is_grey_mask):
+        return values > 0, "is a label image: every label above 0 becomes the object"
+    return values > 127, "is not binary (lossy compression?): it is thresholded at > 127"
+
+
+def read_labels(file: Path) -> Int[np.ndarray, "h w"]:
+    """Decodes a label image: grey values or palette indices as they are, none below 0.
+
+    Raises ValueError for what cannot hold labels: JPEG, colours, floating point, negative values.
+    """
+    image = _decode(file)
+    if image.format == "JPEG":
+        raise ValueError(f"{file} is a JPEG, which changes labels: save label images as PNG")
+    if image.mode == "1" or image.mode == "L" or image.mode == "P" or image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int32)
+        if values.min() < 0:
+            raise ValueError(f"{file} holds the label {values.min()}: labels must not be negative")
+        return values
+    if image.mode in ("LA", "RGB", "RGBA"):
+        colours = np.asarray(image.convert("RGBA"))
+        if (colours[..., :1] == colours[..., :3]).all():
+            return np.where(colours[..., 3] > 0, colours[..., 0], 0).astype(np.int32)
+    raise ValueError(
+        f"{file} holds colours or fractions (mode {image.mode}), not labels: save it with one "
+        "channel of 8 or 16 bits"
+    )
+
+
+def image_size(file: Path) -> tuple[int, int]:
+    """(height, width) after the EXIF orientation, from the header; ValueError as `read_image`."""
+    with _decoding(file), Image.open(file) as opened:
+        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        width, height = opened.size
+        return (width, height) if turned else (height, width)
+
+
+def _decode(file: Path) -> Image.Image:
+    """Loads a file with its EXIF orientation applied; the result keeps the file's `format`."""
+    with _decoding(file), Image.open(file) as opened:
+        opened.load()
+        image = ImageOps.exif_transpose(opened)
+        image.format = opened.format
+        return image
+
+
+@contextlib.contextmanager
+def _decoding(file: Path) -> Iterator[None]:
+    """Pillow's plugins raise many kinds of errors for broken files; each means the same."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{file} cannot be decoded as an image ({type(error).__name__}: {error}): "
+            "replace it, or, in a dataset, remove it with its partner"
+        ) from error
+
+
+def _sixteen_to_eight_bits(
+    values: Shaped[np.ndarray, "h w"], file: Path
+) -> UInt8[np.ndarray, "h w"]:
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(
+            f"{file} holds values from {values.min()} to {values.max()}, outside of 16 bits: "
+            "save it with 8 or 16 bits a channel"
+        )
+    if values.max() < 4096:
+        _notice_dark(file.parent)
+    return np.round(values / 257).astype(np.uint8)
+
+
+@functools.cache
+def _notice_dark(folder: Path) -> None:
+    _logger.warning(
+        "%s holds 16-bit images that use 12 bits or less: they become nearly black; stretch them "
+        "to the full range first",
+        folder,
+    )
+
+
+def _mask_values(image: Image.Image) -> tuple[Shaped[np.ndarray, "h w"], bool]:
+    """One value a pixel, and whether the file's mode says that the values are labels."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return np.asarray(image), True
+    if image.mode in ("1", "L") and "transparency" not in image.info:
+        return np.asarray(image.convert("L")), False
+    colours = np.asarray(image.convert("RGBA"))
+    visible = colours[..., 3] > 0
+    if not visible.all() and len(np.unique(colours[visible], axis=0)) <= 1:
+        return visible, False  # one colour, maybe black, on a transparent ground
+    # The brightest channel, since the luma of pure blue (29) would not pass a threshold.
+    values = np.where(colours[..., 3] > 0, colours[..., :3].max(axis=-1), 0)
+    is_grey = bool((colours[..., :1] == colours[..., :3]).all())
+    return values, image.mode == "P" and not is_grey

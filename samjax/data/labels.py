@@ -1,0 +1,122 @@
+"""A folder of images and label images, whose values say which class or instance a pixel is of.
+
+The layouts are those of `samjax.data.folder`; label images lie in `labels/`, or in `masks/` where
+objects are told apart or chosen. 0 is the background. Every other value is an object, also 255,
+which some datasets use for pixels that do not count: leave it out by naming the classes that count.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from samjax.data.folder import LABELS, MASKS, Pair, check_pair, check_pairs, list_folder, open_pairs
+from samjax.data.images import read_image, read_labels
+from samjax.data.sources import Objects, Sample
+from samjax.data.splits import DEFAULT_FRACTIONS, Fractions, quote, split_folders
+from samjax.data.walk import Track, untracked, walk
+
+
+class LabelSource:
+    """Images with label images: all labels as one mask, or a sample for each label of an image.
+
+    `classes` are the values that count, such as ("1", "7"). With `objects` each, or with classes,
+    the label images are read once at construction, since their values say what samples there are.
+
+    Raises ValueError as `samjax.data.folder.FolderSource` does, and for a class that is no label of
+    the dataset, for label images that hold no objects where each is a sample, and for files that
+    cannot hold labels.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        split: str,
+        seed: int = 0,
+        fractions: Fractions = DEFAULT_FRACTIONS,
+        objects: Objects = "together",
+        classes: tuple[str, ...] = (),
+        track: Track = untracked,
+    ) -> None:
+        root = Path(root).expanduser()
+        pairs = open_pairs(root, split, seed, fractions, (LABELS, MASKS))
+        self._kept = _parse(classes)
+        # Each sample: its files, and its one label, or None for all that are kept.
+        self._samples: list[tuple[Pair, int | None]] = [(pair, None) for pair in pairs]
+        if objects == "each" or classes:
+            present = list(walk(_labels_in, pairs, "reading labels", track))
+            _check_kept(self._kept, set().union(*present), root, track)
+        if objects == "each":
+            self._samples = [
+                (pair, label)
+                for pair, labels in zip(pairs, present, strict=True)
+                for label in labels
+                if not self._kept or label in self._kept
+            ]
+            if not self._samples:
+                what = f"none of the classes {quote(classes)}" if classes else "no objects"
+                raise ValueError(f"the label images of the split {split!r} of {root} hold {what}")
+        self.names: tuple[str, ...] = tuple(
+            pair.name if label is None else f"{pair.name}#{label}" for pair, label in self._samples
+        )
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        pair, label = self._samples[index]
+        image, labels = read_image(pair.image), read_labels(pair.truth)
+        check_pair(pair, image.shape[:2], labels.shape)
+        return Sample(self.names[index], image, self._mask(labels, label))
+
+    def check_sizes(self) -> None:
+        """Raises ValueError for a label image that has not its image's size; reads headers only."""
+        check_pairs(list(dict.fromkeys(pair for pair, _ in self._samples)))
+
+    def _mask(self, labels: Int[np.ndarray, "h w"], label: int | None) -> Bool[np.ndarray, "h w"]:
+        if label is not None:
+            return labels == label
+        return np.isin(labels, self._kept) if self._kept else labels > 0
+
+
+def _labels_in(pair: Pair) -> tuple[int, ...]:
+    """The labels of one file, sorted, without the background."""
+    values = read_labels(pair.truth)
+    # Counting is ten times as fast as sorting, but takes memory for every value up to the largest.
+    present = (
+        np.flatnonzero(np.bincount(values.ravel())) if values.max() < 2**16 else np.unique(values)
+    )
+    return tuple(present[present > 0].tolist())
+
+
+def _parse(classes: Sequence[str]) -> list[int]:
+    try:
+        return [int(name) for name in classes]
+    except ValueError:
+        raise ValueError(
+            f"classes of label images are values, such as 1 or 7, not {quote(classes)}"
+        ) from None
+
+
+def _check_kept(kept: list[int], present: set[int], root: Path, track: Track) -> None:
+    """Raises ValueError for a class that is no label of the dataset."""
+    if set(kept) <= present:
+        return
+    # A rare class may be missing in one split and be well in the others.
+    folders = [path for paths in split_folders(root).values() for path in paths] or [root]
+    pairs = [pair for folder in folders for pair in list_folder(folder).pairs]
+    known = present.union(*walk(_labels_in, pairs, "reading all splits' labels", track))
+    unknown = [label for label in kept if label not in known]
+    if unknown and not known:
+        raise ValueError(
+            f"the label images of {root} are all empty: there is no class {unknown[0]}"
+        )
+    if unknown:
+        nearest = min(known, key=lambda label: abs(label - unknown[0]))
+        raise ValueError(
+            f"no label image of {root} holds the class {unknown[0]}; the nearest label is {nearest}"
+        )
