@@ -9,12 +9,11 @@ up to the extension.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from samjax.data.images import IMAGE_EXTENSIONS, image_size, read_image, read_mask
+from samjax.data.images import IMAGE_EXTENSIONS, Notices, image_size, read_image, read_mask
 from samjax.data.sources import Sample
 from samjax.data.splits import (
     DEFAULT_FRACTIONS,
@@ -29,8 +28,6 @@ from samjax.data.walk import walk
 
 MASKS = "masks"
 LABELS = "labels"
-
-_logger = logging.getLogger("samjax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +82,7 @@ class FolderSource:
         self._root = Path(root).expanduser()
         self._pairs = open_pairs(self._root, split, seed, fractions, (MASKS,))
         self.names: tuple[str, ...] = tuple(pair.name for pair in self._pairs)
-        self._notices: dict[str, object] = {}
+        self._notices = Notices(self._root)
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -95,18 +92,12 @@ class FolderSource:
         image = read_image(pair.image)
         mask, notice = read_mask(pair.truth)
         check_pair(pair, image.shape[:2], mask.shape)
-        if notice:
-            self._notify_once(notice, pair.truth)
+        self._notices.say(notice, pair.truth)
         return Sample(pair.name, image, mask)
 
     def check_sizes(self) -> None:
         """Raises ValueError for a mask that has not its image's size; reads headers only."""
         check_pairs(self._pairs)
-
-    def _notify_once(self, notice: str, file: Path) -> None:
-        token = object()  # setdefault is atomic, so that two reading threads do not both speak
-        if self._notices.setdefault(notice, token) is token:
-            _logger.warning("%s %s (said once for %s)", file, notice, self._root)
 
 
 def check_pair(pair: Pair, image: tuple[int, ...], truth: tuple[int, ...]) -> None:

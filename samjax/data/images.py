@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,40 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 _logger = logging.getLogger("samjax")
 
 
-def read_image(file: Path) -> UInt8[np.ndarray, "h w 3"]:
+class EncodedImage(io.BytesIO):
+    """The bytes of an image file that lies in another file; messages call it by `path`."""
+
+    def __init__(self, data: bytes, path: Path) -> None:
+        super().__init__(data)
+        self._path = path
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    @property
+    def parent(self) -> Path:
+        """The folder by which messages call it."""
+        return self._path.parent
+
+
+ImageFile = Path | EncodedImage
+
+
+class Notices:
+    """What there is to know of the masks of a source, said once each; threads may speak at once."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._said: dict[str, object] = {}
+
+    def say(self, notice: str | None, file: ImageFile) -> None:
+        """Logs a notice of `read_mask`, where it is the first of its kind."""
+        token = object()  # setdefault is atomic, so that two threads do not both speak
+        if notice and self._said.setdefault(notice, token) is token:
+            _logger.warning("%s %s (said once for %s)", file, notice, self._root)
+
+
+def read_image(file: ImageFile) -> UInt8[np.ndarray, "h w 3"]:
     """Decodes an image file to RGB in [0, 255]; ValueError names a file that cannot be decoded."""
     image = _decode(file)
     if image.mode.startswith("I"):
@@ -35,7 +69,7 @@ def read_image(file: Path) -> UInt8[np.ndarray, "h w 3"]:
     return np.array(image.convert("RGB"))
 
 
-def read_mask(file: Path) -> tuple[Bool[np.ndarray, "h w"], str | None]:
+def read_mask(file: ImageFile) -> tuple[Bool[np.ndarray, "h w"], str | None]:
     """Decodes a mask file to one boolean channel, and says what a user should know about it.
 
     - Palette colours other than black, and whatever is not transparent, are the object.
@@ -90,7 +124,7 @@ def image_size(file: Path) -> tuple[int, int]:
         return (width, height) if turned else (height, width)
 
 
-def _decode(file: Path) -> Image.Image:
+def _decode(file: ImageFile) -> Image.Image:
     """Loads a file with its EXIF orientation applied; the result keeps the file's `format`."""
     with _decoding(file), Image.open(file) as opened:
         opened.load()
@@ -100,7 +134,7 @@ def _decode(file: Path) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _decoding(file: Path) -> Iterator[None]:
+def _decoding(file: ImageFile) -> Iterator[None]:
     """Pillow's plugins raise many kinds of errors for broken files; each means the same."""
     try:
         yield
@@ -112,7 +146,7 @@ def _decoding(file: Path) -> Iterator[None]:
 
 
 def _sixteen_to_eight_bits(
-    values: Shaped[np.ndarray, "h w"], file: Path
+    values: Shaped[np.ndarray, "h w"], file: ImageFile
 ) -> UInt8[np.ndarray, "h w"]:
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(
