@@ -12,7 +12,8 @@ from typing import Any
 
 import tyro
 
-# What a verb returns: its result, and whether it is to be printed as JSON.
+# What a verb returns: its result, and whether it is to be printed as JSON. Where the result counts
+# `errors` and there are any, the exit code says so.
 Outcome = tuple[dict[str, Any], bool]
 
 

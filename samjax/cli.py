@@ -20,26 +20,28 @@ _HELP = """usage: samjax VERB ...
 Segment Anything in JAX, made to be fine-tuned with few parameters.
 
 verbs:
-  weights   the published weights, by name: a list, or one of them
-            samjax weights get mobile_sam
-  convert   weights from PyTorch to samjax and back
-            samjax convert sam_vit_b converted
-  predict   masks for an image from points and boxes
-            samjax predict photo.jpg --weights sam_vit_b --point 320,200,1 --out masks
-  train     fine-tune, as an experiment file says
-            samjax train experiments/kvasir_lora.py --weights mobile_sam --data Kvasir-SEG
-  eval      Dice and IoU of a run, or of an experiment's weights before training
-            samjax eval runs/kvasir_lora --split test
-  params    how many numbers a method trains
-            samjax params --model vit_b --method lora
-  merge     fold an adapter into its weights
-            samjax merge --weights mobile_sam --adapter runs/kvasir_lora/adapter.safetensors dst
+  weights     the published weights, by name: a list, or one of them
+              samjax weights get mobile_sam
+  convert     weights from PyTorch to samjax and back
+              samjax convert sam_vit_b converted
+  predict     masks for an image from points and boxes
+              samjax predict photo.jpg --weights sam_vit_b --point 320,200,1 --out masks
+  check-data  what is wrong with a dataset, all of it at once
+              samjax check-data my_images
+  train       fine-tune, as an experiment file says
+              samjax train experiments/kvasir_lora.py --weights mobile_sam --data Kvasir-SEG
+  eval        Dice and IoU of a run, or of an experiment's weights before training
+              samjax eval runs/kvasir_lora --split test
+  params      how many numbers a method trains
+              samjax params --model vit_b --method lora
+  merge       fold an adapter into its weights
+              samjax merge --weights mobile_sam --adapter runs/kvasir_lora/adapter.safetensors dst
 
 `samjax VERB --help` lists a verb's options.
 """
 
 
-_VERBS = ("weights", "convert", "predict", "train", "eval", "params", "merge")
+_VERBS = ("weights", "convert", "predict", "check-data", "train", "eval", "params", "merge")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     sys.stdout.write(json.dumps(result) + "\n" if as_json else _plain(result))
-    return 0
+    return 1 if result.get("errors") else 0
 
 
 def _plain(result: dict[str, Any]) -> str:
