@@ -25,7 +25,7 @@ from samjax import peft as peft_lib
 from samjax.catalog import is_name
 from samjax.config import Config, read_run_config
 from samjax.data.pipeline import eval_batches
-from samjax.data.sources import Dataset, Source, open_source
+from samjax.data.sources import Dataset, Source, is_tfds, open_source
 from samjax.evaluation.evaluate import Evaluation, evaluate
 from samjax.evaluation.gallery import draw_gallery
 from samjax.files import write_beside
@@ -223,12 +223,12 @@ def _check_inputs(out: Path, inputs: dict[str, str], config: Config) -> None:
 def with_absolute_paths(config: Config) -> Config:
     """The config with paths that hold from any folder, so that a run can be evaluated anywhere.
 
-    A name of `samjax.catalog` holds anywhere already.
+    A name of `samjax.catalog`, or of a dataset of TFDS, holds anywhere already.
     """
     absolute = {
-        name: str(Path(path).expanduser().absolute())
-        for name in ("weights", "data")
-        if (path := getattr(config, name)) and not (name == "weights" and is_name(path))
+        key: str(Path(path).expanduser().absolute())
+        for key, holds_anywhere in (("weights", is_name), ("data", is_tfds))
+        if (path := getattr(config, key)) and not holds_anywhere(path)
     }
     return dataclasses.replace(config, **absolute)
 

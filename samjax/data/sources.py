@@ -21,6 +21,15 @@ from samjax.data.walk import Track, untracked
 Objects = Literal["together", "each"]
 
 
+# Begins what names a dataset of TFDS wherever a folder can be named.
+TFDS = "tfds:"
+
+
+def is_tfds(data: str) -> bool:
+    """Whether `data` names a dataset of TFDS rather than a path."""
+    return data.startswith(TFDS)
+
+
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """One image with its truth: `image` holds RGB in [0, 255], `mask` is True on the object."""
@@ -73,7 +82,8 @@ def open_source(
 
     Args:
       data: a folder of images and masks (`samjax.data.folder`), one of images and label images
-        (`samjax.data.labels`), or a COCO dataset: its folder or its JSON (`samjax.data.coco`).
+        (`samjax.data.labels`), a COCO dataset: its folder or its JSON (`samjax.data.coco`), or
+        tfds:NAME, a dataset that `samjax data prepare` built (`samjax.data.tfds`).
       split: train, validation or test.
       seed, fractions: draw the splits of data that has none.
       objects: together: all that is marked in an image is one mask. each: every object (COCO's
@@ -90,6 +100,12 @@ def open_source(
         raise ValueError(
             "no data: pass --data with a folder of images and masks, or a COCO dataset"
         )
+    if is_tfds(data):
+        from samjax.data.tfds import TfdsSource
+
+        if objects == "each" or classes:
+            raise ValueError(f"{data} has masks without objects: leave out objects and classes")
+        return TfdsSource(data.removeprefix(TFDS), split, seed, fractions)
     root = Path(data).expanduser()
     if not root.exists():
         raise ValueError(f"the data {root} does not exist")

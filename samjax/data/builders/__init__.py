@@ -1,0 +1,45 @@
+"""Builders of public datasets for tensorflow-datasets (TFDS), which work without TensorFlow.
+
+A dataset is a module of its name with one class, which says where its files come from and how they
+pair up; what the datasets share is in `image_mask`, and `prepare` builds them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from samjax.data.builders.image_mask import ImageMaskBuilder
+
+_CLASSES = {"kvasir_seg": "KvasirSeg"}
+DATASETS = tuple(_CLASSES)
+
+
+def builder_class(name: str) -> type[ImageMaskBuilder]:
+    """The builder of a dataset; imports TFDS.
+
+    Raises ValueError for an unknown name, and RuntimeError where the system has no array_record.
+    """
+    if name not in _CLASSES:
+        raise ValueError(f"unknown dataset {name!r}; samjax has {', '.join(DATASETS)}")
+    try:
+        importlib.import_module("array_record.python.array_record_module")
+    except ImportError as error:
+        raise RuntimeError(
+            f"datasets of TFDS need array_record, which does not work here ({error}); it is made "
+            "for Linux and macOS: elsewhere, use a folder of images and masks"
+        ) from error
+    return getattr(importlib.import_module(f"{__name__}.{name}"), _CLASSES[name])
+
+
+def default_data_dir() -> Path:
+    """Where TFDS keeps datasets: the environment variable TFDS_DATA_DIR, or TFDS's default."""
+    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def prepared_folder(name: str, data_dir: Path) -> Path:
+    """Where a dataset's records are once it is prepared; until then the folder does not exist."""
+    return data_dir / name / str(builder_class(name).VERSION)

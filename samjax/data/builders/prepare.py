@@ -1,0 +1,76 @@
+"""`samjax data prepare`: from an archive, downloaded or at hand, to records that a run reads."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import logging
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+from rich.console import Console
+
+from samjax.data.builders import builder_class, prepared_folder
+from samjax.data.builders.image_mask import ImageMaskBuilder
+from samjax.download import fetch
+from samjax.terminal import progress_on
+
+_logger = logging.getLogger("samjax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A dataset that can be read."""
+
+    folder: Path
+    # The number of samples of each official split; a dataset without such is all `train`.
+    splits: dict[str, int]
+    bytes: int
+    # Whether it was prepared before.
+    reused: bool
+
+
+def prepare(name: str, data_dir: Path, manual_dir: Path | None, console: Console) -> Prepared:
+    """Builds a dataset in TFDS's folder `data_dir`, unless it is there already.
+
+    `manual_dir` holds the archive or its extracted folder; left out, the archive is downloaded
+    where that takes no registration. TFDS builds in a folder of another name, which it removes on
+    an error or an interrupt and renames at the end.
+
+    Raises ValueError for an unknown name and for files that are not the dataset's,
+    FileNotFoundError where the archive must be got by hand, `samjax.download.DownloadError`.
+    """
+    cls = builder_class(name)
+    folder = prepared_folder(name, data_dir)
+    reused = folder.is_dir()
+    if not reused:
+        console.print(f"{cls.TITLE}\nlicense: {cls.LICENSE}\nplease cite:\n{cls.CITATION}")
+        builder = cls(data_dir=data_dir)
+        builder.track = progress_on(console)
+        config = tfds.download.DownloadConfig(manual_dir=_files(cls, data_dir, manual_dir, console))
+        with contextlib.redirect_stdout(io.StringIO()):  # where TFDS says what is said here
+            builder.download_and_prepare(download_config=config)
+    info = tfds.builder_from_directory(folder).info
+    splits = {split: found.num_examples for split, found in info.splits.items()}
+    pairs = sum(splits.values())
+    if pairs != cls.NUM_PAIRS:
+        _logger.warning("%s holds %s pairs, but %s has %s", folder, pairs, name, cls.NUM_PAIRS)
+    return Prepared(folder, splits, int(info.dataset_size), reused)
+
+
+def _files(
+    cls: type[ImageMaskBuilder], data_dir: Path, manual_dir: Path | None, console: Console
+) -> Path:
+    """The folder that holds the dataset's files, or now does."""
+    # The second is TFDS's own place for them.
+    folder = manual_dir or data_dir / "downloads" / "manual"
+    if cls.find(folder) is None:
+        if manual_dir or not cls.DOWNLOAD:
+            raise FileNotFoundError(
+                f"{folder} holds neither {cls.ARCHIVE} nor {cls.FOLDER}/: {cls.how_to_get()} and "
+                "put it there" + ("" if manual_dir else ", or pass its folder with --manual-dir")
+            )
+        url, size, sha256 = cls.DOWNLOAD
+        fetch(url, folder / cls.ARCHIVE, size, sha256, console)
+    return folder

@@ -1,0 +1,74 @@
+"""Datasets that `samjax data prepare` built as sources: records of encoded files, read by position.
+
+`tfds:NAME` names one wherever data is asked for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from samjax.data.builders import default_data_dir, prepared_folder
+from samjax.data.images import EncodedImage, Notices, read_image, read_mask
+from samjax.data.sources import Sample
+from samjax.data.splits import DEFAULT_FRACTIONS, Fractions, check_split, draw_split
+
+
+class TfdsSource:
+    """One split of a prepared dataset; its samples are those of the folder that it was built from.
+
+    A dataset without official splits, which is all `train`, is split by seed as a flat folder is.
+    Images and masks are decoded as those of a `samjax.data.folder.FolderSource`.
+
+    Raises FileNotFoundError for a dataset that is not prepared, ValueError for an unknown name and
+    for a split that is not there or empty.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        seed: int = 0,
+        fractions: Fractions = DEFAULT_FRACTIONS,
+        data_dir: Path | None = None,
+    ) -> None:
+        data_dir = default_data_dir() if data_dir is None else data_dir
+        folder = prepared_folder(name, data_dir)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{name} is not prepared in {data_dir}: run `samjax data prepare {name}`, or set "
+                "TFDS_DATA_DIR to the folder where it is"
+            )
+        split = check_split(split)
+        builder = tfds.builder_from_directory(folder)
+        stored: dict[str, list[str]] = builder.info.metadata["names"]
+        if stored.keys() == {"train"}:
+            names = draw_split(folder, stored["train"], split, seed, fractions)
+            split = "train"
+        elif split in stored:
+            names = stored[split]
+        else:
+            raise ValueError(f"{name} has no split {split!r}, only {', '.join(stored)}")
+        self.names: tuple[str, ...] = tuple(names)
+        positions = {name: position for position, name in enumerate(stored[split])}
+        self._positions = tuple(positions[name] for name in names)
+        encoded = {key: tfds.decode.SkipDecoding() for key in ("image", "mask")}
+        self._records = builder.as_data_source(split, decoders=encoded)
+        self._folder = folder
+        self._notices = Notices(folder)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Sample:
+        name, record = self.names[index], self._records[self._positions[index]]
+        image_file, mask_file = (
+            EncodedImage(record[key], self._folder / f"{name} ({key})") for key in ("image", "mask")
+        )
+        mask, notice = read_mask(mask_file)
+        self._notices.say(notice, mask_file)
+        return Sample(name, read_image(image_file), mask)
+
+    def check_sizes(self) -> None:
+        """Nothing: sizes were checked when the dataset was built."""

@@ -1,0 +1,96 @@
+"""`samjax data`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from tyro.conf import Positional
+
+from samjax.arguments import Outcome, parse
+from samjax.data.builders import DATASETS, builder_class, default_data_dir, prepared_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Lists the public datasets that samjax knows by name, or prepares one of them for training.
+
+    A prepared dataset is one of tensorflow-datasets (TFDS), in array_record form, and needs no
+    TensorFlow; `--data tfds:NAME` trains on it.
+
+    Example: samjax data prepare kvasir_seg
+    """
+
+    action: Positional[Literal["list", "prepare"]]
+    """list shows all; prepare downloads one, unless it is at hand, and builds it."""
+    name: Positional[str | None] = None
+    """Which one to prepare."""
+    manual_dir: Path | None = None
+    """A folder that holds the dataset's archive, or what was extracted of it."""
+    data_dir: Path | None = None
+    """Where datasets are kept; left out, $TFDS_DATA_DIR or ~/tensorflow_datasets, as in TFDS.
+    Training looks there too."""
+    json: bool = False
+    """Print one JSON object, on one line, last on stdout."""
+
+    def run(self, console: Console) -> dict[str, Any]:
+        """Prints the table or where the dataset is; with `json`, returns what it says."""
+        if (self.action == "prepare") != (self.name is not None):
+            raise ValueError("say `samjax data list`, or `samjax data prepare NAME`")
+        data_dir = default_data_dir() if self.data_dir is None else self.data_dir.expanduser()
+        if self.name is None:
+            if self.json:
+                return {"datasets": {name: _entry(name, data_dir) for name in DATASETS}}
+            sys.stdout.write(_table(data_dir))
+            return {}
+        return self._prepare(self.name, data_dir, console)
+
+    def _prepare(self, name: str, data_dir: Path, console: Console) -> dict[str, Any]:
+        from samjax.data.builders.prepare import prepare
+
+        manual_dir = self.manual_dir and self.manual_dir.expanduser()
+        prepared = prepare(name, data_dir, manual_dir, console)
+        console.print(f"{name} {'was prepared before' if prepared.reused else 'is prepared'}")
+        there = "" if data_dir == default_data_dir() else f"TFDS_DATA_DIR={data_dir} "
+        console.print(f"use it: {there}samjax train EXPERIMENT.py --data tfds:{name}")
+        return {
+            "dataset": name,
+            "path": str(prepared.folder),
+            "splits": prepared.splits,
+            "bytes": prepared.bytes,
+            "reused": prepared.reused,
+        }
+
+
+def _entry(name: str, data_dir: Path) -> dict[str, Any]:
+    cls, folder = builder_class(name), prepared_folder(name, data_dir)
+    return {
+        "title": cls.TITLE,
+        "pairs": cls.NUM_PAIRS,
+        "homepage": cls.HOMEPAGE,
+        "license": cls.LICENSE,
+        "path": str(folder) if folder.is_dir() else None,
+    }
+
+
+def _table(data_dir: Path) -> str:
+    lines = []
+    for name in DATASETS:
+        entry = _entry(name, data_dir)
+        state = f"prepared: {entry['path']}" if entry["path"] else f"not prepared in {data_dir}"
+        lines += [
+            f"{name}: {entry['title']}",
+            f"  {entry['pairs']} pairs, {entry['homepage']}",
+            f"  license: {entry['license']}",
+            f"  {state}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def run(argv: list[str], console: Console) -> Outcome:
+    """Reads the arguments and runs the verb."""
+    args = parse(Data, argv, "samjax data", None, None)
+    return args.run(console), args.json
