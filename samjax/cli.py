@@ -26,6 +26,8 @@ verbs:
               samjax convert sam_vit_b converted
   predict     masks for an image from points and boxes
               samjax predict photo.jpg --weights sam_vit_b --point 320,200,1 --out masks
+  data        public datasets, by name: a list, or one prepared for training
+              samjax data prepare kvasir_seg
   check-data  what is wrong with a dataset, all of it at once
               samjax check-data my_images
   train       fine-tune, as an experiment file says
@@ -41,7 +43,7 @@ verbs:
 """
 
 
-_VERBS = ("weights", "convert", "predict", "check-data", "train", "eval", "params", "merge")
+_VERBS = ("weights", "convert", "predict", "data", "check-data", "train", "eval", "params", "merge")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
