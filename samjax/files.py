@@ -1,30 +1,75 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, and what to say where a disk refuses them."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+# What no program can mend: a full disk, a quota, a limit, a place that cannot be written.
+_REFUSALS = frozenset(
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EIO")
+    if hasattr(errno, name)
+)
 
 
 @contextlib.contextmanager
 def write_beside(destination: Path) -> Iterator[Path]:
     """Yields a path next to `destination`; what was written there takes its place at the end.
 
-    Works for a file and for a folder that does not exist yet. On any error nothing is left.
+    Works for a file and for a folder that does not exist yet. On any error nothing is left. Raises
+    OSError with one sentence where the disk refuses.
     """
     temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        if temporary.is_file():  # some writers make files that only their owner can read
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, destination)
+        with writing(destination):
+            yield temporary
+            if temporary.is_file():  # some writers make files that only their owner can read
+                umask = os.umask(0)
+                os.umask(umask)
+                temporary.chmod(0o666 & ~umask)
+            os.replace(temporary, destination)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a folder that is a file has nothing to remove
+                temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says in one sentence which path the disk refuses, why, and what to do.
+
+    Errors of other kinds, and those of files elsewhere that the body reads, pass as they are.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error_number(error)
+        name = getattr(error, "filename", None)
+        if number not in _REFUSALS or (name is not None and not _is_near(Path(name), path)):
+            raise
+        raise OSError(
+            f"{path} cannot be written ({os.strerror(number)}): free space there, make the folder "
+            "writable, or choose another one"
+        ) from error
+
+
+def error_number(error: Exception) -> int | None:
+    """The errno of an error of Python, or of the text of Rust's and TensorStore's; None else."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\bos[ _]error(?:_code=)?[ ']*(\d+)", str(error))
+    return int(found[1]) if found else None
+
+
+def _is_near(name: Path, path: Path) -> bool:
+    return name == path or name in path.parents or path.parent in name.parents
