@@ -63,7 +63,9 @@ class Entry:
         """What of the file is verified."""
         if self.sha256 is not None:
             return "sha256"
-        return "no published hash: " + ("unchecked" if self.size is None else "size only")
+        if self.size is not None:
+            return "no published hash: only the size is checked"
+        return "no published hash or size: unchecked"
 
 
 _META = "https://dl.fbaipublicfiles.com/segment_anything/"

