@@ -68,21 +68,22 @@ def run_lengths(counts: str | list[int], height: int, width: int) -> Int[np.ndar
     """
     if isinstance(counts, list):
         return np.array(counts, np.int64)
+    unreadable = ValueError("has compressed run lengths that cannot be read")
     codes = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        raise unreadable
     ends = np.flatnonzero((codes & 32) == 0)
-    if not len(codes) or codes.min() < 0 or codes.max() > 63 or ends[-1:] != len(codes) - 1:
-        raise ValueError("has compressed run lengths that cannot be read")
     starts = np.concatenate([[0], ends[:-1] + 1])
     places = 5 * (np.arange(len(codes)) - np.repeat(starts, ends - starts + 1))
     if places.max() > 40:  # no image has so many pixels
-        raise ValueError("has compressed run lengths that cannot be read")
+        raise unreadable
     lengths = np.add.reduceat((codes & 31) << places, starts)
     # The highest bit written is the sign.
     lengths -= np.where(codes[ends] & 16, 32 << places[ends], 0)
     lengths[1::2] = np.cumsum(lengths[1::2])
     lengths[2::2] = np.cumsum(lengths[2::2])
     if lengths.min() < 0:
-        raise ValueError("has compressed run lengths that cannot be read")
+        raise unreadable
     if fault := _total_fault(int(lengths.sum()), height, width):
         raise ValueError(fault)
     return lengths
