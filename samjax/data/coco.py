@@ -13,9 +13,11 @@ A JSON itself is split by seed, too. Its images lie in a folder named as the JSO
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -77,13 +79,26 @@ class CocoSplit:
         """The union of an item's annotations. Raises ValueError where one cannot be decoded."""
         mask = np.zeros((item.image.height, item.image.width), bool)
         for annotation in item.annotations:
-            try:
+            with self._naming(item, annotation):
                 mask |= segmentation.decode(annotation.segmentation, *mask.shape)
-            except ValueError as error:
-                raise ValueError(
-                    f"in {self.coco.path} annotation {annotation.id} of {item.image.file!r} {error}"
-                ) from None
         return mask
+
+    def check_run_lengths(self, item: Item) -> None:
+        """Raises ValueError where compressed run lengths have not the image's size."""
+        for annotation in item.annotations:
+            if not segmentation.is_polygons(annotation.segmentation):
+                with self._naming(item, annotation):
+                    counts = annotation.segmentation["counts"]
+                    segmentation.run_lengths(counts, item.image.height, item.image.width)
+
+    @contextlib.contextmanager
+    def _naming(self, item: Item, annotation: Annotation) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(
+                f"in {self.coco.path} annotation {annotation.id} of {item.image.file!r} {error}"
+            ) from None
 
 
 class CocoSource:
@@ -109,7 +124,8 @@ class CocoSource:
         objects: Objects = "together",
         classes: tuple[str, ...] = (),
     ) -> None:
-        file, is_flat = find_json(Path(root).expanduser(), check_split(split))
+        split = check_split(split)
+        file, is_flat = find_json(Path(root).expanduser(), split)
         coco = read_coco(file)
         coco.check()
         kept = coco.category_ids(classes)
@@ -147,7 +163,12 @@ class CocoSource:
         return Sample(item.name, pixels, self._split.mask(item))
 
     def check_sizes(self) -> None:
-        """Raises ValueError for images whose size is not the JSON's; reads headers only."""
+        """Raises ValueError for images and masks whose sizes are not the JSON's.
+
+        Of images only headers are read.
+        """
+        for item in self._items:
+            self._split.check_run_lengths(item)
         images = list({item.image.file: item.image for item in self._items}.values())
 
         def check(image: CocoImage) -> None:
