@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +16,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jaxtyping import Array, Int
 
-from samjax.models import Prompts, Sam
-from samjax.nn import Context
+from samjax.models import Sam
 from samjax.peft.delta import BUFFER, FROZEN
 from samjax.peft.spec import combine
-from samjax.preprocess import inside
-from samjax.training.losses import mask_loss
+from samjax.training.losses import LossConfig
+from samjax.training.objective import objective
+
+_BCE_DICE = LossConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,24 +94,39 @@ def init_state(train: Any, optimizer: optax.GradientTransformation) -> TrainStat
     return TrainState(jnp.zeros((), jnp.int32), train, optimizer.init(train))
 
 
+def finite_names(train: Any) -> list[str]:
+    """What a step checks, in its order: `logs["bad_leaf"]` is an index into this list.
+
+    `train` is the state's tree of trained leaves, whose gradients are checked one by one.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(train)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return ["the loss", *(f"the gradient of {path}" for path in paths), "the gradient's norm"]
+
+
 def make_train_step(
-    model: Sam, optimizer: optax.GradientTransformation, *, seed: int = 0, accumulate: int = 1
+    model: Sam,
+    optimizer: optax.GradientTransformation,
+    *,
+    loss: LossConfig = _BCE_DICE,
+    corrective_points: int = 0,
+    seed: int = 0,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Any, dict[str, Any]], tuple[TrainState, dict[str, Any]]]:
     """`step(state, frozen, batch) -> (state, logs)`, compiled; the old state's buffers are reused.
 
-    `batch`: image (b, s, s, 3) uint8, input_size (b, 2), mask (b, s, s) bool, coords (b, n, 2) and
-    labels (b, n) of `Prompts`. With `accumulate` k the batch is cut into k parts whose gradients
-    are averaged before one update: the memory of b / k images. `logs` are float32 scalars.
+    `batch`: image (b, fh, fw, 3) uint8, input_size (b, 2), mask (b, h, w) bool, which covers the
+    frame at any resolution, coords (b, n, 2) and labels (b, n) of `Prompts`. Rounds of
+    `corrective_points` follow those prompts; see `samjax.training.objective`. With `accumulate` k
+    the batch is cut into k parts whose gradients are averaged before one update: the memory of
+    b / k images.
+
+    `logs` are float32 scalars, and the int32 `bad_leaf`: -1, or the first of `finite_names` that is
+    NaN or infinite. Then the state stays as it was, to the bit and with its step.
     """
 
     def loss_fn(train: Any, frozen: Any, batch: dict[str, Any], rng: Any) -> Any:
-        variables = combine(train, frozen)
-        prompts = Prompts(batch["coords"], batch["labels"])
-        logits, iou = model.apply(
-            variables, batch["image"], batch["input_size"], prompts, Context(rng=rng)
-        )
-        valid = inside(batch["input_size"], *batch["mask"].shape[1:])
-        return mask_loss(logits[:, 0], iou[:, 0], batch["mask"], valid)
+        return objective(model, combine(train, frozen), batch, rng, loss, corrective_points)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -134,10 +152,26 @@ def make_train_step(
 
     def step(state: TrainState, frozen: Any, batch: dict[str, Any]) -> tuple[TrainState, Any]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        (loss, terms), grads = gradients(state.train, frozen, batch, rng)
+        batch = {**batch, "key": image_keys(rng, batch["labels"].shape[0])}
+        (value, terms), grads = gradients(state.train, frozen, batch, rng)
+        norm = optax.tree.norm(grads)
+        bad_leaf = first_bad([value, *jax.tree.leaves(grads), norm])
         updates, opt_state = optimizer.update(grads, state.opt_state, state.train)
         train = optax.apply_updates(state.train, updates)
-        logs = {"loss": loss, **terms, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, train, opt_state), logs
+        new = TrainState(state.step + 1, train, opt_state)
+        kept = jax.tree.map(lambda a, b: jnp.where(bad_leaf < 0, a, b), new, state)
+        return kept, {"loss": value, **terms, "grad_norm": norm, "bad_leaf": bad_leaf}
 
     return jax.jit(step, donate_argnums=0)
+
+
+def image_keys(rng: Any, batch: int) -> Any:
+    """(b,) PRNG keys of a step's images; each depends on its row alone, not on the batch's size."""
+    stream = jax.random.fold_in(rng, zlib.crc32(b"images"))
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(stream, jnp.arange(batch))
+
+
+def first_bad(arrays: list[Any]) -> Int[Array, ""]:
+    """The index of the first array that holds NaN or infinity, as int32; -1 where none does."""
+    finite = jnp.stack([jnp.isfinite(array).all() for array in arrays])
+    return jnp.where(finite.all(), -1, jnp.argmin(finite)).astype(jnp.int32)

@@ -1,0 +1,94 @@
+"""What a training step minimises: the loss of a batch, over rounds of prompts and corrections."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from samjax.models import Prompts, Sam
+from samjax.nn import Context
+from samjax.preprocess import MASK_THRESHOLD, upsample
+from samjax.training.corrections import corrective_point, make_room, put_point
+from samjax.training.losses import LossConfig, mask_loss, multimask_loss
+
+
+def objective(
+    model: Sam,
+    variables: Any,
+    batch: dict[str, Any],
+    rng: Any,
+    config: LossConfig,
+    corrective_points: int = 0,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The loss of a batch, and its terms before their weights.
+
+    `batch` is that of `samjax.training.step.make_train_step` with `key` (b,), a PRNG key for each
+    image's points; `rng` is that of stochastic adapters.
+
+    The first round takes the batch's prompts. Each of `corrective_points` more adds a point where
+    the last prediction is wrong, gives its logits as mask prompt and decodes again. The loss of
+    mask 0 is the mean over all rounds; that of the three multimask outputs, where they are trained,
+    is the first round's, since SAM has them for prompts that are ambiguous. Images are encoded
+    once, and the backward pass of a round decodes anew, so that memory does not grow with rounds.
+    """
+    frame, truth = batch["image"].shape[1:3], batch["mask"]
+    valid = valid_pixels(batch["input_size"], frame, truth.shape[1:])
+    embeddings = model.apply(
+        variables, batch["image"], batch["input_size"], Context(rng=rng), method="encode"
+    )
+
+    def decode(prompts: Prompts, key: Any) -> tuple[Any, Any]:
+        return model.apply(variables, embeddings, prompts, Context(rng=key), method="decode")
+
+    def loss_of(logits: Any, iou: Any) -> tuple[Any, dict[str, Any]]:
+        return mask_loss(logits[:, 0], iou[:, 0], truth, valid, config)
+
+    logits, iou = decode(Prompts(batch["coords"], batch["labels"]), rng)
+    loss, terms = loss_of(logits, iou)
+
+    if corrective_points:
+        coords, labels = make_room(batch["coords"], batch["labels"], corrective_points)
+        first_slot = batch["labels"].shape[1]
+
+        def correct(carry: tuple[Any, Any, Any], index: Any) -> tuple[Any, Any]:
+            coords, labels, low_res = carry
+            predicted = upsample(low_res, truth.shape[1:]) > MASK_THRESHOLD
+            keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(batch["key"], index)
+            point, label = jax.vmap(
+                lambda *image: corrective_point(*image, frame),
+            )(keys, predicted, truth, valid)
+            coords, labels = put_point(coords, labels, first_slot + index, point, label)
+            key = jax.random.fold_in(rng, index)
+            logits, iou = decode(Prompts(coords, labels, low_res), key)
+            return (coords, labels, jax.lax.stop_gradient(logits[:, 0])), loss_of(logits, iou)
+
+        start = (coords, labels, jax.lax.stop_gradient(logits[:, 0]))
+        # A scan compiles one decoder for all rounds; within it nothing can be shared by mistake.
+        body = jax.checkpoint(correct, prevent_cse=False)
+        _, later = jax.lax.scan(body, start, jnp.arange(corrective_points))
+        loss, terms = jax.tree.map(
+            lambda one, more: (one + jnp.sum(more)) / (corrective_points + 1), (loss, terms), later
+        )
+
+    if config.multimask:
+        multimask = multimask_loss(logits[:, 1:], iou[:, 1:], truth, valid, config)
+        loss, terms = loss + multimask, {**terms, "multimask_loss": multimask}
+    return loss, terms
+
+
+def valid_pixels(
+    input_size: Int[Array, "b 2"], frame: tuple[int, int], size: tuple[int, int]
+) -> Bool[Array, "b h w"]:
+    """True where the centre of a pixel of the truth, (h, w) = `size`, lies on the image.
+
+    The truth covers the `frame` (height, width), of which each image fills `input_size`.
+    """
+    # In integers: (i + 1/2) * frame / size < input_size.
+    rows, columns = (
+        (2 * jnp.arange(n) + 1) * side < 2 * n * input_size[:, axis, None]
+        for axis, (n, side) in enumerate(zip(size, frame, strict=True))
+    )
+    return rows[:, :, None] & columns[:, None, :]
