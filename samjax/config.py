@@ -23,6 +23,7 @@ from rich.console import Console
 from samjax.data.augment import AugmentConfig
 from samjax.data.prompts import PromptConfig
 from samjax.peft.recipes import MethodConfig
+from samjax.training.losses import LossConfig
 from samjax.training.step import OptimizerConfig
 
 _FLAT = tyro.conf.arg(name="")
@@ -50,6 +51,8 @@ class Config:
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     method: Annotated[MethodConfig, _FLAT] = MethodConfig()
     optimizer: Annotated[OptimizerConfig, _FLAT] = OptimizerConfig()
+    # What training minimises; the kinds are in `samjax.training.losses`.
+    loss: LossConfig = LossConfig()
     # The mixture of prompts in training: weights of no prompt, a jittered box, points.
     prompts: PromptConfig = PromptConfig()
     # Random changes of images and masks in training.

@@ -44,6 +44,9 @@ class PromptConfig:
     max_points: int = 3
     # Every point but the first falls outside the mask with probability 1/2.
     negative_points: bool = False
+    # Rounds after the first prompt, each with a point where the last prediction was wrong and that
+    # prediction as mask prompt. Without any, the first prompt is all.
+    corrective_points: int = 0
 
     def __post_init__(self) -> None:
         weights = (self.none, self.box, self.points)
@@ -59,6 +62,10 @@ class PromptConfig:
             )
         if self.max_points < 1:
             raise ValueError(f"max_points must be at least 1, but is {self.max_points}")
+        if self.corrective_points < 0:
+            raise ValueError(
+                f"corrective_points must not be negative, but is {self.corrective_points}"
+            )
 
     @property
     def slots(self) -> int:

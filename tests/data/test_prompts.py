@@ -106,6 +106,7 @@ def test_the_generator_alone_decides():
         ({"points": float("nan")}, "finite"),
         ({"box_jitter": 0.5}, "box_jitter"),
         ({"max_points": 0}, "max_points"),
+        ({"corrective_points": -1}, "corrective_points"),
     ],
 )
 def test_config_refuses_nonsense(settings, message):
