@@ -5,13 +5,13 @@ import pytest
 from PIL import Image
 
 from samjax.data.augment import NO_AUGMENTATION, AugmentConfig
+from samjax.data.folder import FolderSource
 from samjax.data.pipeline import (
     batches_from,
     eval_batches,
     train_batches,
 )
 from samjax.data.prompts import PromptConfig, box_of, central_point
-from samjax.data.folder import FolderSource
 from samjax.data.sources import Sample
 from samjax.preprocess import Frame, prepare_image, prepare_mask
 
