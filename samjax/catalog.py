@@ -178,8 +178,8 @@ def resolve(weights: str | os.PathLike[str], console: Console | None = None) -> 
     name = os.fspath(weights)
     if name not in CATALOG:
         raise FileNotFoundError(
-            f"there is no file or folder {weights}, and no weights of that name to download; the "
-            f"nearest name is {_nearest(path.stem)}, and `samjax weights list` shows all"
+            f"there is no file or folder {weights}; check the path, or give a name that `samjax "
+            f"weights list` shows, such as {_nearest(path.stem)}"
         )
     return get(name, console)
 

