@@ -40,7 +40,7 @@ class Data:
         """Prints the table or where the dataset is; with `json`, returns what it says."""
         if (self.action == "prepare") != (self.name is not None):
             raise ValueError("say `samjax data list`, or `samjax data prepare NAME`")
-        data_dir = default_data_dir() if self.data_dir is None else self.data_dir.expanduser()
+        data_dir = (self.data_dir or default_data_dir()).expanduser().absolute()
         if self.name is None:
             if self.json:
                 return {"datasets": {name: _entry(name, data_dir) for name in DATASETS}}
@@ -54,7 +54,7 @@ class Data:
         manual_dir = self.manual_dir and self.manual_dir.expanduser()
         prepared = prepare(name, data_dir, manual_dir, console)
         console.print(f"{name} {'was prepared before' if prepared.reused else 'is prepared'}")
-        there = "" if data_dir == default_data_dir() else f"TFDS_DATA_DIR={data_dir} "
+        there = f"TFDS_DATA_DIR={data_dir} " if self.data_dir else ""
         console.print(f"use it: {there}samjax train EXPERIMENT.py --data tfds:{name}")
         return {
             "dataset": name,

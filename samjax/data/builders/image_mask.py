@@ -66,6 +66,14 @@ class ImageMaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return f"get {cls.ARCHIVE} from {cls.HOMEPAGE}"
 
     @classmethod
+    def missing(cls, folder: Path) -> str:
+        """What to say where `find` finds nothing."""
+        return (
+            f"{folder} holds neither {cls.ARCHIVE} nor {cls.FOLDER}/: {cls.how_to_get()} and put "
+            "it there"
+        )
+
+    @classmethod
     def find(cls, folder: Path) -> Path | None:
         """The dataset in a folder that holds it, as an archive or extracted, or that is it."""
         candidates = [folder / cls.FOLDER, folder / cls.ARCHIVE]
@@ -102,10 +110,7 @@ class ImageMaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         folder = Path(dl_manager.manual_dir)
         found = self.find(folder)
         if found is None:
-            raise FileNotFoundError(
-                f"{folder} holds neither {self.ARCHIVE} nor {self.FOLDER}/: {self.how_to_get()} "
-                "and put it there"
-            )
+            raise FileNotFoundError(self.missing(folder))
         splits = self._checked_pairs(found)
         self.info.metadata["names"] = {
             split: [pair.name for pair in pairs] for split, pairs in splits.items()

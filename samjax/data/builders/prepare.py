@@ -45,12 +45,7 @@ def prepare(name: str, data_dir: Path, manual_dir: Path | None, console: Console
     folder = prepared_folder(name, data_dir)
     reused = folder.is_dir()
     if not reused:
-        console.print(f"{cls.TITLE}\nlicense: {cls.LICENSE}\nplease cite:\n{cls.CITATION}")
-        builder = cls(data_dir=data_dir)
-        builder.track = progress_on(console)
-        config = tfds.download.DownloadConfig(manual_dir=_files(cls, data_dir, manual_dir, console))
-        with contextlib.redirect_stdout(io.StringIO()):  # where TFDS says what is said here
-            builder.download_and_prepare(download_config=config)
+        _build(cls, data_dir, manual_dir, console)
     info = tfds.builder_from_directory(folder).info
     splits = {split: found.num_examples for split, found in info.splits.items()}
     pairs = sum(splits.values())
@@ -59,18 +54,20 @@ def prepare(name: str, data_dir: Path, manual_dir: Path | None, console: Console
     return Prepared(folder, splits, int(info.dataset_size), reused)
 
 
-def _files(
+def _build(
     cls: type[ImageMaskBuilder], data_dir: Path, manual_dir: Path | None, console: Console
-) -> Path:
-    """The folder that holds the dataset's files, or now does."""
-    # The second is TFDS's own place for them.
-    folder = manual_dir or data_dir / "downloads" / "manual"
-    if cls.find(folder) is None:
-        if manual_dir or not cls.DOWNLOAD:
-            raise FileNotFoundError(
-                f"{folder} holds neither {cls.ARCHIVE} nor {cls.FOLDER}/: {cls.how_to_get()} and "
-                "put it there" + ("" if manual_dir else ", or pass its folder with --manual-dir")
-            )
+) -> None:
+    # The second is TFDS's own place for files that were fetched by hand.
+    files = manual_dir or data_dir / "downloads" / "manual"
+    is_missing = cls.find(files) is None
+    if is_missing and (manual_dir or not cls.DOWNLOAD):
+        hint = "" if manual_dir else ", or pass --manual-dir with the folder where it is"
+        raise FileNotFoundError(cls.missing(files) + hint)
+    console.print(f"{cls.TITLE}\nlicense: {cls.LICENSE}\nplease cite:\n{cls.CITATION}")
+    if is_missing and cls.DOWNLOAD:
         url, size, sha256 = cls.DOWNLOAD
-        fetch(url, folder / cls.ARCHIVE, size, sha256, console)
-    return folder
+        fetch(url, files / cls.ARCHIVE, size, sha256, console)
+    builder = cls(data_dir=data_dir)
+    builder.track = progress_on(console)
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS says there what is said here
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=files))
