@@ -7,55 +7,62 @@ damaged checkpoint is refused.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
-from flax.traverse_util import flatten_dict
 
 from samjax.catalog import resolve
 from samjax.files import write_beside
+from samjax.foreign import contradiction, read_foreign, write_huggingface, write_meta
+from samjax.hashes import file_sha256, is_sealed, params_sha256, sealed
 from samjax.models import SamConfig
-from weights_convert import CheckpointError, from_params, read_tensors, recognise, to_params
+from weights_convert import CheckpointError
 from weights_convert.errors import told
+from weights_convert.hf_folder import is_hf_folder
 
 Params = dict[str, Any]  # nested; the leaves are arrays
 PathLike = str | os.PathLike[str]
+FORMATS = ("samjax", "meta", "hf")
 
 SCHEMA = 1
 _CONFIG = "config.json"
 _PARAMS = "params"
 
 
-def read_weights(path: PathLike) -> tuple[SamConfig, Params]:
-    """Config and parameters (numpy) of a samjax checkpoint or of a file of the original's tensors.
+def read_weights(
+    path: PathLike, model: str | None = None, *, prefer: SamConfig | None = None
+) -> tuple[SamConfig, Params]:
+    """Config and parameters (numpy) of whatever holds a SAM.
 
-    A name of `samjax.catalog` stands for its file, downloaded when the cache lacks it. Raises
-    FileNotFoundError, ValueError, or DownloadError with one sentence on what is wrong.
+    That is a samjax checkpoint, a `.pth` or `.safetensors` file with Meta's or HuggingFace's names,
+    a folder that transformers wrote, or a name of `samjax.catalog`. `model` says which of
+    `samjax.models.MODELS` it is, where several have the same tensors; `prefer`, the config of the
+    adapter that they are read for, decides that too, but where the weights know it they are right.
+    Raises FileNotFoundError, or ValueError with one sentence on what is wrong.
     """
     path = resolve(path)
-    if path.is_dir():
-        return load_checkpoint(path)
-    tensors = read_tensors(path)
-    try:
-        config = recognise(tensors)
-        return config, to_params(tensors, config)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    if not path.is_dir() or is_hf_folder(path):
+        return read_foreign(path, model, prefer)
+    config, params = load_checkpoint(path)
+    if model not in (None, config.name):
+        raise CheckpointError(f"{path}: {contradiction(config.name, model)}")
+    return config, params
 
 
-def convert(src: PathLike, dst: PathLike, to: str = "samjax") -> SamConfig:
+def convert(
+    src: PathLike, dst: PathLike, to: str = "samjax", model: str | None = None
+) -> SamConfig:
     """Writes the weights in `src` to `dst` and returns their config.
 
     `to="samjax"`: a samjax checkpoint, a directory. `to="meta"`: a `.safetensors` file with the
-    original's names, for PyTorch users. `dst` must not exist; on an error nothing is written.
+    original's names. `to="hf"`: a folder for transformers' `SamModel`. `dst` must not exist; on an
+    error nothing is written. `model` and errors: see `read_weights`.
     """
     check_destination(dst, to)
-    config, params = read_weights(src)
+    config, params = read_weights(src, model)
     write_weights(dst, config, params, to)
     return config
 
@@ -63,13 +70,8 @@ def convert(src: PathLike, dst: PathLike, to: str = "samjax") -> SamConfig:
 def write_weights(dst: PathLike, config: SamConfig, params: Params, to: str = "samjax") -> None:
     """Writes parameters in one of `convert`'s formats, whole or not at all."""
     check_destination(dst, to)
-    if to == "samjax":
-        save_checkpoint(dst, config, params)
-        return
-    tensors = from_params(params, config)
-    with write_beside(Path(dst)) as partial:
-        # The metadata is what torch's and HuggingFace's readers look for.
-        safetensors.numpy.save_file(tensors, partial, metadata={"format": "pt"})
+    write = {"samjax": save_checkpoint, "meta": write_meta, "hf": write_huggingface}[to]
+    write(Path(dst), config, params)
 
 
 def check_destination(dst: PathLike, to: str) -> None:
@@ -79,8 +81,8 @@ def check_destination(dst: PathLike, to: str) -> None:
     FileNotFoundError where its parent does not.
     """
     dst = Path(dst)
-    if to not in ("samjax", "meta"):
-        raise ValueError(f"unknown format {to!r}; choose samjax or meta")
+    if to not in FORMATS:
+        raise ValueError(f"unknown format {to!r}; choose {' or '.join(FORMATS)}")
     if to == "meta" and dst.suffix != ".safetensors":
         raise ValueError(f"{dst} must end in .safetensors, the format that `meta` is written in")
     _check_free(dst)
@@ -105,9 +107,10 @@ def save_checkpoint(path: PathLike, config: SamConfig, params: Params) -> None:
         partial.mkdir()
         _checkpointer().save(os.path.abspath(partial / _PARAMS), params)
         files = sorted(file for file in (partial / _PARAMS).rglob("*") if file.is_file())
-        record["files"] = {file.relative_to(partial).as_posix(): _sha256(file) for file in files}
-        record["sha256"] = _record_sha256(record)
-        (partial / _CONFIG).write_text(json.dumps(record, indent=2) + "\n")
+        record["files"] = {
+            file.relative_to(partial).as_posix(): file_sha256(file) for file in files
+        }
+        (partial / _CONFIG).write_text(json.dumps(sealed(record), indent=2) + "\n")
 
 
 def load_checkpoint(path: PathLike) -> tuple[SamConfig, Params]:
@@ -124,7 +127,7 @@ def load_checkpoint(path: PathLike) -> tuple[SamConfig, Params]:
         raise FileNotFoundError(f"{path} lacks its {_PARAMS}/ directory; copy the whole checkpoint")
     # Before Orbax sees them: what it does with damaged files has loose ends (tasks, threads, logs).
     for name, digest in record["files"].items():
-        if not (path / name).is_file() or _sha256(path / name) != digest:
+        if not (path / name).is_file() or file_sha256(path / name) != digest:
             raise CheckpointError(
                 f"{path / name} is not the file that was written: it is damaged, or the "
                 "file is missing or another checkpoint's; copy the whole checkpoint again"
@@ -138,20 +141,6 @@ def load_checkpoint(path: PathLike) -> tuple[SamConfig, Params]:
             "install the version of orbax-checkpoint that samjax asks for"
         )
     return config, params
-
-
-def params_sha256(params: Params) -> str:
-    """The hash of a nested dict of arrays: of paths, shapes, dtypes and bytes, in path order.
-
-    It identifies the base weights that an adapter belongs to.
-    """
-    digest = hashlib.sha256()
-    for path, leaf in sorted(flatten_dict(params, sep="/").items()):
-        array = np.asarray(leaf)
-        digest.update(f"{path} {array.shape} {array.dtype.name}\n".encode())
-        # As bytes, since bfloat16 has no buffer protocol.
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def _read_config(path: Path) -> tuple[SamConfig, dict[str, Any]]:
@@ -176,21 +165,12 @@ def _read_config(path: Path) -> tuple[SamConfig, dict[str, Any]]:
             "upgrade samjax"
         )
     with told(str(file)):
-        if record.pop("sha256") != _record_sha256(record):
+        if not is_sealed(record):
             raise CheckpointError(
                 f"{file} was changed after it was written (its hash does not match); copy the "
                 "whole checkpoint again"
             )
         return SamConfig.from_json(record["model"]), record
-
-
-def _record_sha256(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _checkpointer() -> Any:

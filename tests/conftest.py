@@ -150,8 +150,13 @@ def segment_anything():
     try:
         import torchvision  # noqa: F401
     except ImportError:
-        _stub_torchvision()
-    return pytest.importorskip("segment_anything", reason="segment-anything is not installed")
+        stubs = _stub_torchvision()
+    else:
+        stubs = ()
+    package = pytest.importorskip("segment_anything", reason="segment-anything is not installed")
+    for name in stubs:  # else transformers would take them for torchvision
+        del sys.modules[name]
+    return package
 
 
 def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -159,7 +164,7 @@ def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
-def _stub_torchvision() -> None:
+def _stub_torchvision() -> tuple[str, ...]:
     stubs = {
         "torchvision": {},
         "torchvision.ops": {},
@@ -178,6 +183,7 @@ def _stub_torchvision() -> None:
         if parent:
             setattr(sys.modules[parent], child, module)
         vars(module).update(functions)
+    return tuple(stubs)
 
 
 @pytest.fixture

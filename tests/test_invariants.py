@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from samjax import peft
+from samjax.hashes import params_sha256
 from samjax.models import Prompts, Sam
 from samjax.peft import MethodConfig
 from samjax.training.step import (
@@ -15,7 +16,6 @@ from samjax.training.step import (
     make_train_step,
     trained_labels,
 )
-from samjax.weights import params_sha256
 
 METHODS = {
     "lora": MethodConfig(),

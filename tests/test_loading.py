@@ -6,8 +6,9 @@ import pytest
 
 import samjax
 from samjax import peft
+from samjax.hashes import params_sha256
 from samjax.peft import MethodConfig
-from samjax.weights import params_sha256, save_checkpoint
+from samjax.weights import save_checkpoint
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])

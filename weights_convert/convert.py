@@ -38,7 +38,8 @@ def to_params(tensors: Mapping[str, np.ndarray], config: SamConfig | None = None
     and finite, and none besides (but BatchNorm's counters and MobileSAM's unused head, which are
     left out). dtypes are kept. Raises ValueError, one sentence that names what does not fit.
     """
-    config = config or recognise(tensors)
+    # Models that the tensors do not tell apart have the same parameters.
+    config = config or recognise(tensors)[0]
     _check(tensors, config)
     flat: dict[str, np.ndarray] = {}
     for name, array in tensors.items():

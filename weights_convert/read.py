@@ -29,18 +29,39 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         return _without_prefix(path, _read(path))
 
 
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What the header of a `.safetensors` file says besides its tensors; {} for another file.
+
+    Raises as `read_tensors`.
+    """
+    path = Path(path)
+    with told(str(path)):
+        if not _is_safetensors(_head(path)):
+            return {}
+        with safetensors.safe_open(path, "np") as file:
+            return file.metadata() or {}
+
+
 def _read(path: Path) -> dict[str, np.ndarray]:
+    head = _head(path)
+    if head.startswith(b"PK\x03\x04"):
+        return read_torch_zip(path)
+    if _is_safetensors(head):
+        return _read_safetensors(path)
+    raise CheckpointError(f"{path} is {_what_else(head)}")
+
+
+def _head(path: Path) -> bytes:
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}; check the path")
     if not path.is_file():
         raise CheckpointError(f"{path} is no file; give a .safetensors or a .pth file")
     with path.open("rb") as file:
-        head = file.read(64)
-    if head.startswith(b"PK\x03\x04"):
-        return read_torch_zip(path)
-    if head[8:9] == b"{":  # after eight bytes that give the length of this JSON
-        return _read_safetensors(path)
-    raise CheckpointError(f"{path} is {_what_else(head)}")
+        return file.read(64)
+
+
+def _is_safetensors(head: bytes) -> bool:
+    return head[8:9] == b"{"  # after eight bytes that give the length of this JSON
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:

@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from samjax.files import write_beside
+from samjax.hashes import params_sha256
 from samjax.models.configs import SamConfig
 from samjax.models.sam import Sam
 from samjax.peft.spec import PeftSpec, attach, check_sites, partition, trainable
-from samjax.weights import params_sha256
 
 SCHEMA = 1
 _KEY = "samjax"
@@ -61,7 +61,7 @@ def save(
 ) -> Adapter:
     """Writes every trained leaf of `variables` ({"params", "peft"}) and all of its records.
 
-    `base_sha256` is `samjax.weights.params_sha256` of the params before training. Raises
+    `base_sha256` is `samjax.hashes.params_sha256` of the params before training. Raises
     FileNotFoundError where the folder does not exist, ValueError for numbers that are not finite.
     An existing file is replaced, atomically.
     """

@@ -23,7 +23,7 @@ class Convert:
     """A samjax checkpoint, a .pth or .safetensors file, or a name of `samjax weights list`."""
     dst: Positional[Path]
     """Where to write; must not exist."""
-    to: Literal["samjax", "meta"] = "samjax"
+    to: Literal["samjax", "meta", "hf"] = "samjax"
     """samjax: a checkpoint folder; meta: a .safetensors file for PyTorch."""
     json: bool = False
     """Print one JSON object, on one line, last on stdout."""

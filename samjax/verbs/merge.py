@@ -25,7 +25,7 @@ class Merge:
     """The weights that the adapter was trained on."""
     adapter: Path
     """An adapter file."""
-    to: Literal["samjax", "meta"] = "samjax"
+    to: Literal["samjax", "meta", "hf"] = "samjax"
     """samjax: a checkpoint folder; meta: a .safetensors file for PyTorch."""
     json: bool = False
     """Print one JSON object, on one line, last on stdout."""

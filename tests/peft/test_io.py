@@ -8,10 +8,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from samjax import peft
+from samjax.hashes import params_sha256
 from samjax.models import Sam
 from samjax.peft import MethodConfig
 from samjax.peft import io as peft_io
-from samjax.weights import params_sha256
 
 
 @pytest.fixture

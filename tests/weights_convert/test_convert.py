@@ -102,7 +102,7 @@ def test_the_original_vit_b(segment_anything, tmp_path):
     model = segment_anything.sam_model_registry["vit_b"]()
     torch.save(model.state_dict(), tmp_path / "vit_b.pth")
     tensors = read_tensors(tmp_path / "vit_b.pth")
-    assert recognise(tensors) == MODELS["vit_b"]
+    assert recognise(tensors) == (MODELS["vit_b"], MODELS["medsam"])
     back = from_params(to_params(tensors), MODELS["vit_b"])
     assert_equal_bits(back, {name: t.numpy() for name, t in model.state_dict().items()})
     model.load_state_dict({name: torch.tensor(a) for name, a in back.items()}, strict=True)
@@ -117,7 +117,7 @@ def test_torch_does_not_need_the_counter_that_is_left_out():
 
 def test_mobile_sam(asset):
     tensors = read_tensors(asset("weights/mobile_sam.safetensors"))
-    assert recognise(tensors) == MODELS["vit_t"]
+    assert recognise(tensors) == (MODELS["vit_t"],)
     assert_equal_bits(from_params(to_params(tensors), MODELS["vit_t"]), tensors)
 
 
@@ -133,15 +133,33 @@ def test_what_the_model_does_not_use_is_left_out():
     assert_equal_bits(from_params(to_params(tensors | more, SMALL_TINY)), tensors)
 
 
-def test_recognise():
-    for name, config in MODELS.items():
-        tensors = {
-            from_samjax(path)[0]: np.broadcast_to(
-                np.float32(0), from_samjax(path)[1].torch_shape(s)
-            )
-            for path, s in expected_shapes(config).items()
-        }
-        assert recognise(tensors) == config, name
+def zeros(config):
+    """Tensors with the original's names and shapes that take no memory."""
+    rows = ((from_samjax(path), shape) for path, shape in expected_shapes(config).items())
+    zero = np.float32(0)
+    return {name: np.broadcast_to(zero, leaf.torch_shape(s)) for (name, leaf), s in rows}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_recognise(name):
+    alike = {"vit_b": ("vit_b", "medsam"), "medsam": ("vit_b", "medsam")}.get(name, (name,))
+    assert recognise(zeros(MODELS[name])) == tuple(MODELS[one] for one in alike)
+
+
+@pytest.mark.parametrize(
+    ("grid", "size"), [(32, 512), (16, 256), ((32, 48), (512, 768)), (64, 1024)]
+)
+def test_recognises_position_tables_of_another_grid(grid, size):
+    encoder = dataclasses.replace(MODELS["vit_b"].image_encoder, pretrain_grid=grid)
+    config = dataclasses.replace(MODELS["vit_b"], image_encoder=encoder, image_size=size)
+    rows, columns = config.grid
+    tensors = zeros(config)
+    assert tensors["image_encoder.pos_embed"].shape == (1, rows, columns, 768)
+    assert tensors["image_encoder.blocks.2.attn.rel_pos_h"].shape == (2 * rows - 1, 64)
+    assert tensors["image_encoder.blocks.2.attn.rel_pos_w"].shape == (2 * columns - 1, 64)
+    assert tensors["image_encoder.blocks.3.attn.rel_pos_w"].shape == (27, 64)
+    assert recognise(tensors)[0] == config
+    assert_equal_bits(from_params(to_params(tensors), config), tensors)
 
 
 def no_token(tensors):
@@ -154,11 +172,13 @@ def no_token(tensors):
         (lambda t: {}, "no SAM checkpoint: its 0 tensors"),
         (lambda t: {"a\nb": np.zeros(1)}, r"no SAM checkpoint: its 1 tensors \(a\\nb"),
         (lambda t: {f"sam.{k}": v for k, v in t.items()}, r"begin with 'sam\.'"),
-        (lambda t: no_token(t) | {"vision_encoder.x": np.zeros(1)}, "HuggingFace's names"),
+        (lambda t: {"peft/a/delta/b": np.zeros(1)}, "it is an adapter; pass it with --adapter"),
         (lambda t: {"image_encoder.trunk.x": np.zeros(1)}, "SAM 2"),
         (lambda t: t, "width 32 and 2 blocks"),
         (lambda t: {k: v for k, v in t.items() if "pos_embed" not in k}, "no image encoder"),
         (lambda t: t | {"image_encoder.pos_embed": np.zeros(())}, "no image encoder"),
+        (lambda t: t | {"image_encoder.pos_embed": np.zeros((1, 0, 9, 768))}, "rows and columns"),
+        (lambda t: t | {"image_encoder.pos_embed": np.zeros((1, 1, 4096, 768))}, "1024 at most"),
     ],
 )
 def test_recognise_refuses(change, match):
