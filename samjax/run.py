@@ -7,6 +7,8 @@ eval_before.csv, eval_after.csv   Dice and IoU of each test image
 adapter.safetensors  every trained leaf
 gallery.png          image, truth, before, after
 summary.json         what `samjax train --json` prints
+
+A `.lock` file keeps other processes out while one works in the folder.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,15 +32,18 @@ from samjax.data.pipeline import eval_batches
 from samjax.data.sources import Dataset, Source, is_tfds, open_source
 from samjax.evaluation.evaluate import Evaluation, evaluate
 from samjax.evaluation.gallery import draw_gallery
-from samjax.files import write_beside
+from samjax.files import write_beside, writing
+from samjax.hashes import params_sha256
 from samjax.loading import load, load_adapted
+from samjax.lock import check_free, run_lock
 from samjax.models import MODELS, Sam
 from samjax.terminal import progress_bar, progress_on
 from samjax.training.loop import fit
 from samjax.viz import save_png
-from samjax.weights import params_sha256
 
 ADAPTER = "adapter.safetensors"
+
+_KINDS = {"train": "training", "validation": "validation", "test": "test"}
 
 # Settings that may change when a run is resumed, since the result does not depend on them.
 _FREE_ON_RESUME = frozenset({"log_every", "checkpoint_every", "eval_batch_size", "gallery"})
@@ -81,22 +88,32 @@ def open_model(config: Config, adapter: Path | None = None) -> tuple[Sam, Any]:
 
 
 def evaluate_source(
-    config: Config, model: Sam, variables: Any, source: Source, console: Console, title: str
+    config: Config,
+    model: Sam,
+    variables: Any,
+    source: Source,
+    on_batch: Callable[[dict[str, Any], np.ndarray], None] = lambda batch, masks: None,
 ) -> Evaluation:
-    """Evaluates a model over a source with the run's evaluation prompt, showing progress."""
+    """Evaluates a model over a source with the run's evaluation prompt."""
     batches = eval_batches(
         source,
         frame=model.config.frame,
         batch_size=config.eval_batch_size,
         prompts_for=config.evaluation_prompt,
     )
+    return evaluate(model, variables, batches, on_batch)
+
+
+def _evaluate_with_bar(
+    config: Config, model: Sam, variables: Any, source: Source, console: Console, title: str
+) -> Evaluation:
     with progress_bar(console) as bar:
         task = bar.add_task(title, total=len(source), note="")
 
         def advance(batch: dict[str, Any], masks: np.ndarray) -> None:
             bar.advance(task, int(batch["valid"].sum()))
 
-        return evaluate(model, variables, batches, advance)
+        return evaluate_source(config, model, variables, source, advance)
 
 
 def evaluate_run(
@@ -122,14 +139,15 @@ def evaluate_weights(config: Config, split: str, console: Console) -> Evaluation
 def _evaluate(config: Config, split: str, console: Console, adapter: Path | None) -> Evaluation:
     source = open_data(config, split, console)
     model, variables = open_model(config, adapter)
-    return evaluate_source(config, model, variables, source, console, f"evaluating {split}")
+    return _evaluate_with_bar(config, model, variables, source, console, f"evaluating {split}")
 
 
 def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[str, Any]:
     """Runs `config` in the folder `out` and returns the summary.
 
     What can be checked is checked before anything is written. Raises FileExistsError for a folder
-    in use without `resume`, ValueError for a config that cannot be, and
+    in use without `resume`, ValueError for a config that cannot be, RuntimeError where another
+    process trains in `out`, OSError where `out` cannot be written, and
     `samjax.terminal.Interrupted` when the user stops the run: its state is saved.
     """
     config = with_absolute_paths(config)
@@ -138,34 +156,51 @@ def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[
         console.print(f"{out} is finished already")
         return json.loads((out / "summary.json").read_text())
     spec = config.method.spec()
-    train_source, test_source = (open_data(config, name, console) for name in ("train", "test"))
-    for source in (train_source, test_source):
+    sources = {"train": open_data(config, "train", console)}
+    if config.validate_every is not None:
+        sources["validation"] = _open_validation(config, console)
+    sources["test"] = open_data(config, "test", console)
+    for source in sources.values():
         source.check_sizes()
     model, variables = open_model(config)
     params = variables["params"]
     console.print(f"{model.config.name} at {model.config.frame} px, {config.weights}")
     console.print(str(peft_lib.report(spec, model)))
-    console.print(f"{len(train_source)} training and {len(test_source)} test images, {config.data}")
+    *counts, last = (f"{len(source)} {_KINDS[name]}" for name, source in sources.items())
+    console.print(f"{', '.join(counts)} and {last} images, {config.data}")
     base_sha256 = params_sha256(params)
-    inputs = {
-        "weights": base_sha256,
-        "train": _names_sha256(train_source),
-        "test": _names_sha256(test_source),
-    }
+    inputs = {name: _names_sha256(source) for name, source in sources.items()}
+    inputs["weights"] = base_sha256
     _check_inputs(out, inputs, config)
     adapters = peft_lib.attach(spec, model, params, jax.random.key(config.seed))
     base = jax.device_put({"params": params, "peft": adapters})
-    out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "inputs.json", inputs)
-    _write_json(out / "config.json", config.to_json())
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with run_lock(out):
+        _check_folder(config, out, resume)  # another run may have come and gone since
+        _write_json(out / "inputs.json", inputs)
+        _write_json(out / "config.json", config.to_json())
+        return _train(config, out, spec, model, base, base_sha256, sources, console)
+
+
+def _train(
+    config: Config,
+    out: Path,
+    spec: peft_lib.PeftSpec,
+    model: Sam,
+    base: Any,
+    base_sha256: str,
+    sources: dict[str, Dataset],
+    console: Console,
+) -> dict[str, Any]:
+    """The run itself, in a folder that is this process's; no part that is done is repeated."""
 
     def evaluation(variables: Any, when: str) -> Evaluation:
         """Evaluates on the test split, or reads what an interrupted run has evaluated already."""
-        path = out / f"eval_{when}.csv"
+        path, test = out / f"eval_{when}.csv", sources["test"]
         if not path.is_file():
             title = f"evaluating {when}"
-            result = evaluate_source(config, model, variables, test_source, console, title)
-            result.write_csv(path)
+            _evaluate_with_bar(config, model, variables, test, console, title).write_csv(path)
         result = Evaluation.read_csv(path)
         console.print(
             f"test {when} (prompt: {config.evaluation_prompt}): "
@@ -173,20 +208,32 @@ def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[
         )
         return result
 
+    def validate(variables: Any) -> dict[str, float]:
+        return evaluate_source(config, model, variables, sources["validation"]).mean
+
     before = evaluation(base, "before")
-    variables, seconds_per_step = fit(config, model, spec, base, train_source, out, console)
-    after = evaluation(variables, "after")
+    fitted = fit(
+        config,
+        model,
+        spec,
+        base,
+        sources["train"],
+        out,
+        console,
+        validate if "validation" in sources else None,
+    )
+    after = evaluation(fitted.variables, "after")
 
     metadata = {
         "method": config.method.method,
         "trained_prompts": dataclasses.asdict(config.prompts),
         "eval_prompt": config.evaluation_prompt,
-        "steps": config.num_steps(len(train_source)),
+        "steps": fitted.kept_step,
     }
-    adapter = peft_lib.save(out / ADAPTER, spec, model, variables, base_sha256, metadata)
+    adapter = peft_lib.save(out / ADAPTER, spec, model, fitted.variables, base_sha256, metadata)
     picture = out / "gallery.png"
-    versions = {"before": base, "after": variables}
-    save_png(draw_gallery(config, model, versions, test_source), picture)
+    versions = {"before": base, "after": fitted.variables}
+    save_png(draw_gallery(config, model, versions, sources["test"]), picture)
     summary = {
         "before": before.mean,
         "after": after.mean,
@@ -194,11 +241,21 @@ def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[
         "adapter_bytes": adapter.adapter_bytes,
         "model_bytes": adapter.model_bytes,
         "gallery": str(picture),
-        "steps": metadata["steps"],
-        "seconds_per_step": seconds_per_step,
+        "steps": fitted.steps,
+        "kept_step": fitted.kept_step,
+        "seconds_per_step": fitted.seconds_per_step,
     }
+    if fitted.best is not None:
+        summary["best_validation"] = {"step": fitted.best.step, **fitted.best.metrics}
     _write_json(out / "summary.json", summary)
     return summary
+
+
+def _open_validation(config: Config, console: Console) -> Dataset:
+    try:
+        return open_data(config, "validation", console)
+    except ValueError as error:
+        raise ValueError(f"{error}; validate_every needs this split, or leave it out") from None
 
 
 def _names_sha256(source: Dataset) -> str:
@@ -234,9 +291,20 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def check_out(config: Config, out: Path, resume: bool) -> None:
-    """Raises where `out` cannot take this run: in use, or resumed with another config."""
+    """Raises where `out` cannot take this run: in use, read-only, or of another config."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; choose a folder with --out")
+    check_free(out)
+    _check_folder(config, out, resume)
+    place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise PermissionError(
+            f"{out} cannot be written, since {place} is no folder that you may write; choose "
+            "another one with --out"
+        )
+
+
+def _check_folder(config: Config, out: Path, resume: bool) -> None:
     if not resume:
         # Hidden files are what a killed run may leave of a file that it was writing.
         if out.is_dir() and any(not file.name.startswith(".") for file in out.iterdir()):
@@ -245,7 +313,10 @@ def check_out(config: Config, out: Path, resume: bool) -> None:
     if not (out / "config.json").is_file():
         raise ValueError(f"nothing to resume: {out} holds no run; leave out --resume to start one")
     old, new = read_run_config(out).to_json(), with_absolute_paths(config).to_json()
-    differ = [key for key in new if old[key] != new[key] and key not in _FREE_ON_RESUME]
+    free = _FREE_ON_RESUME
+    if config.validate_every is not None:  # a metric's last bits may depend on it
+        free = free - {"eval_batch_size"}
+    differ = [key for key in new if old[key] != new[key] and key not in free]
     if differ:
         raise ValueError(
             f"cannot resume {out} with another config: {differ[0]} was {old[differ[0]]!r} and is "

@@ -1,13 +1,10 @@
-"""The training loop: steps, logs, checkpoints; interruptible, and resumed to the bit."""
+"""The training loop: steps, logs, validations, checkpoints; interruptible, resumed to the bit."""
 
 from __future__ import annotations
 
-import json
-import math
-import signal
-import statistics
-import threading
-import time
+import contextlib
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +16,34 @@ from samjax import peft as peft_lib
 from samjax.config import Config
 from samjax.data.pipeline import batches_from, train_batches
 from samjax.data.sources import Dataset
-from samjax.files import write_beside
 from samjax.models import Sam
 from samjax.terminal import Interrupted, progress_bar
-from samjax.training.checkpoint import Checkpoints
-from samjax.training.step import init_state, make_optimizer, make_train_step, trained_labels
+from samjax.training import memory
+from samjax.training.checkpoint import Best, Checkpoints
+from samjax.training.feed import Feed
+from samjax.training.log import MetricsLog
+from samjax.training.step import (
+    TrainState,
+    finite_names,
+    init_state,
+    make_optimizer,
+    make_train_step,
+    trained_labels,
+)
+from samjax.training.stop import StopRequest
 
-MODEL_INPUTS = ("image", "input_size", "mask", "coords", "labels")
+Validate = Callable[[Any], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """How training ended."""
+
+    variables: Any  # {"params", "peft"} of the step that is kept
+    steps: int  # done: fewer than asked for where it ended early
+    kept_step: int
+    best: Best | None  # the best validation, where there are any
+    seconds_per_step: float | None  # the median; None where no interval was timed
 
 
 def fit(
@@ -36,23 +54,31 @@ def fit(
     source: Dataset,
     out: Path,
     console: Console,
-) -> tuple[Any, float | None]:
+    validate: Validate | None = None,
+) -> Fitted:
     """Trains `base` ({"params", "peft"}) from the newest checkpoint in `out`, or from the start.
 
     Batch i is a function of the seed and i alone and so is its randomness: a run that was killed
-    and resumed ends bit-equal to one that was not. Returns the trained variables and the median
-    seconds a step took (None where no interval was timed). Raises Interrupted on Ctrl-C, after
-    saving, and ValueError where a loss is not finite.
+    and resumed ends bit-equal to one that was not. `validate(variables)` measures a state every
+    `config.validate_every` steps and at the end; each such state becomes a checkpoint with what was
+    measured, from which alone follows which state is best and when patience is at its end.
+
+    Raises Interrupted on Ctrl-C, and ValueError where a loss or a gradient is not finite or a batch
+    cannot be read: in each case the last good state is saved. Raises OSError where the disk
+    refuses, and RuntimeError where memory runs out.
     """
     steps = config.num_steps(len(source))
     train_leaves, frozen = peft_lib.partition(base, peft_lib.trainable(spec, model, base))
     labels = trained_labels(peft_lib.groups(spec, model, base))
     optimizer = make_optimizer(config.optimizer, steps, labels)
-    # Copied, since the step donates its state and `base` must survive it.
-    state = init_state(jax.tree.map(jnp.copy, train_leaves), optimizer)
-    checkpoints = Checkpoints(out / "checkpoints")
-    state = checkpoints.restore(state) or state
-    train_step = make_train_step(model, optimizer, seed=config.seed, accumulate=config.accumulate)
+    train_step = make_train_step(
+        model,
+        optimizer,
+        loss=config.loss,
+        corrective_points=config.prompts.corrective_points,
+        seed=config.seed,
+        accumulate=config.accumulate,
+    )
     dataset = train_batches(
         source,
         frame=model.config.frame,
@@ -61,107 +87,108 @@ def fit(
         prompts=config.prompts,
         augment=config.augment,
     )
-    start = int(state.step)
-    if start:
-        console.print(f"resuming after step {start}")
-    log = MetricsLog(out / "metrics.jsonl", start)
-    with progress_bar(console) as bar, StopRequest() as stop:
+    # Copied, since the step donates its state and `base` must survive it.
+    state = init_state(jax.tree.map(jnp.copy, train_leaves), optimizer)
+    with (
+        contextlib.closing(Checkpoints(out / "checkpoints", config.best_metric)) as checkpoints,
+        progress_bar(console) as bar,
+        StopRequest() as stop,
+    ):
+        state = checkpoints.restore(state) or state
+        step = start = int(state.step)
+        if start:
+            console.print(f"resuming after step {start}")
+        log = MetricsLog(out / "metrics.jsonl", start)
         task = bar.add_task("training", total=steps, completed=start, note="")
-        try:
-            for step, batch in enumerate(batches_from(dataset, start, steps), start + 1):
-                state, logs = train_step(state, frozen, {k: batch[k] for k in MODEL_INPUTS})
-                if step == start + 1:
-                    jax.block_until_ready(logs)
-                    log.restart_clock(step)
-                bar.advance(task)
-                saves = step % config.checkpoint_every == 0 or step == steps or stop.requested
-                if saves or step % config.log_every == 0:
-                    values = {key: float(value) for key, value in logs.items()}
-                    check_finite(values, step, [source.names[i] for i in batch["index"]])
-                    log.write(step, values)
-                    bar.update(task, note=f"loss {values['loss']:.4f}")
+        ended = start == steps or _out_of_patience(config, checkpoints.best(), start)
+        feed = Feed(batches_from(dataset, start, start if ended else steps))
+        while not ended:
+            inputs, images = _take(feed, source, checkpoints, state)
+            if step == start:
+                _tell_memory(train_step, state, frozen, inputs, console)
+            with memory.exhaustion():
+                state, logs = train_step(state, frozen, inputs)
+                feed.advance()  # while the step computes
+                bad_leaf = int(logs.pop("bad_leaf"))
+            step += 1
+            if bad_leaf >= 0:
+                checkpoints.save(state)
+                raise ValueError(
+                    f"{finite_names(state.train)[bad_leaf]} is not finite at step {step} (images "
+                    f"{images}); the state before it is saved: mend these images and go on with "
+                    "--resume, or start anew with a lower learning_rate"
+                )
+            bar.advance(task)
+            validates = validate is not None and _is_due(step, config.validate_every, steps)
+            saves = validates or _is_due(step, config.checkpoint_every, steps) or stop.requested
+            logs_now = saves or step % config.log_every == 0
+            if logs_now:
+                log.stop_clock(step)
+                values = {key: float(value) for key, value in logs.items()}
+                metrics = None
+                if validate is not None and validates:
+                    bar.update(task, note="validating")
+                    metrics = validate(peft_lib.combine(state.train, frozen))
+                    values |= {f"val_{key}": value for key, value in metrics.items()}
+                log.write(step, values)
+                bar.update(task, note=_note(values))
                 if saves:
-                    checkpoints.save(state)
-                if stop.requested and step < steps:
-                    raise Interrupted(
-                        f"stopped after step {step} of {steps}; the same command with --resume "
-                        "goes on"
-                    )
-        finally:
-            checkpoints.close()
-    return peft_lib.combine(state.train, frozen), log.seconds_per_step()
+                    checkpoints.save(state, metrics)
+            if logs_now or step == start + 1:  # the first step's time is mostly compilation
+                log.start_clock(step)
+            ended = step == steps or _out_of_patience(config, checkpoints.best(), step)
+            if stop.requested and not ended:
+                raise Interrupted(
+                    f"stopped after step {step} of {steps}; the same command with --resume goes on"
+                )
+        best = checkpoints.best()
+        if best is not None and step < steps:
+            console.print(
+                f"ended after step {step} of {steps}: step {best.step} had the best validation"
+            )
+        kept_step = best.step if best is not None and config.keep == "best" else step
+        if kept_step != step:
+            state = checkpoints.restore(state, kept_step)
+    variables = peft_lib.combine(state.train, frozen)
+    return Fitted(variables, step, kept_step, best, log.seconds_per_step())
 
 
-def check_finite(values: dict[str, float], step: int, names: list[str]) -> None:
-    """Raises ValueError where a loss or the gradient's norm is NaN or infinite."""
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        raise ValueError(
-            f"{bad[0]} is not finite at step {step} (images {', '.join(names)}); the last "
-            "checkpoint is good: lower the learning rate and start anew, or look at these images"
-        )
-
-
-class StopRequest:
-    """Turns Ctrl-C and SIGTERM into a flag that is read between steps; a second one stops at once.
-
-    A step donates its state: to be interrupted within it would lose both the old and the new one.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
-class MetricsLog:
-    """metrics.jsonl: one line every few steps, cut back to the step that a run resumes from."""
-
-    def __init__(self, path: Path, start: int) -> None:
-        self._path = path
-        lines = path.read_text().splitlines() if path.is_file() else []
-        self._lines = [line for line in map(_parse, lines) if line and line["step"] <= start]
-        with write_beside(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in self._lines))
-        self._last: tuple[int, float] | None = None
-
-    def restart_clock(self, step: int) -> None:
-        """Starts timing after `step`, whose time was mostly compilation."""
-        self._last = (step, time.perf_counter())
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends a line, with the seconds a step took since the last one."""
-        line = {"step": step, **values}
-        now = time.perf_counter()
-        if self._last is not None and step > self._last[0]:
-            line["seconds_per_step"] = (now - self._last[1]) / (step - self._last[0])
-        self._last = (step, now)
-        self._lines.append(line)
-        with open(self._path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def seconds_per_step(self) -> float | None:
-        """The median over all lines."""
-        times = [line["seconds_per_step"] for line in self._lines if "seconds_per_step" in line]
-        return statistics.median(times) if times else None
-
-
-def _parse(line: str) -> dict[str, Any] | None:
+def _take(
+    feed: Feed, source: Dataset, checkpoints: Checkpoints, state: TrainState
+) -> tuple[dict[str, Any], str]:
+    """The next batch's inputs, and the names of its images; saves the state where there is none."""
     try:
-        return json.loads(line)
-    except ValueError:
-        return None  # cut in mid-write by a kill
+        inputs, indices = feed.take()
+    except Exception as error:
+        checkpoints.save(state)
+        raise ValueError(
+            f"{error}; training is saved up to the step before: once the file is mended, the same "
+            "command with --resume goes on"
+        ) from error
+    return inputs, ", ".join(source.names[i] for i in indices)
+
+
+def _is_due(step: int, every: int | None, last: int) -> bool:
+    return step == last or (every is not None and step % every == 0)
+
+
+def _out_of_patience(config: Config, best: Best | None, step: int) -> bool:
+    """Whether `patience` validations up to `step` brought no new best."""
+    if best is None or config.patience is None or config.validate_every is None:
+        return False
+    return step // config.validate_every - best.step // config.validate_every >= config.patience
+
+
+def _note(values: dict[str, float]) -> str:
+    shown = {"loss": "loss", "val_dice": "validation Dice"}
+    return ", ".join(f"{text} {values[key]:.4f}" for key, text in shown.items() if key in values)
+
+
+def _tell_memory(step: Any, state: Any, frozen: Any, batch: Any, console: Console) -> None:
+    """Says, before minutes of compilation, what a step needs, and warns where there is less."""
+    need = memory.estimate(step, state, frozen, batch)
+    console.print(str(need))
+    have = memory.available_bytes(jax.devices()[0])
+    if have is not None and have < need.total:
+        has = f"this machine's {jax.default_backend()} has {memory.gigabytes(have)}"
+        console.print(f"warning: {has}, which may not do: {memory.ADVICE}")

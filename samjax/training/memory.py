@@ -8,14 +8,18 @@ some arrays away and needs room for others; on CPU, its own count is within a fa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
+
+ADVICE = "raise --accumulate, pass --remat blocks, or lower --batch-size or --image-size"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +118,17 @@ def available_bytes(device: jax.Device) -> int | None:
     if container.is_file() and (text := container.read_text().strip()).isdigit():
         limits.append(int(text))
     return min(limits)
+
+
+@contextlib.contextmanager
+def exhaustion() -> Iterator[None]:
+    """Says in one sentence that memory ran out, and what to do. Raises RuntimeError."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise RuntimeError(f"a step does not fit into memory: {ADVICE}") from error
 
 
 def gigabytes(count: int) -> str:

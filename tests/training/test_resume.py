@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from samjax.cli import main
 from samjax.training.checkpoint import Checkpoints
-from samjax.training.loop import MetricsLog, check_finite
+from samjax.training.log import MetricsLog
 from samjax.training.step import TrainState
 from samjax.weights import save_checkpoint
 
@@ -136,13 +136,6 @@ def test_resume_refuses_other_images(experiment, tmp_path, capsys):
     assert "weights changed since it started" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
-    check_finite({"loss": 1.0, "grad_norm": 2.0}, 3, ["a"])
-    for bad in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=r"grad_norm is not finite at step 3 \(images a, b\)"):
-            check_finite({"loss": 1.0, "grad_norm": bad}, 3, ["a", "b"])
-
-
 def test_a_cut_log_line_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
@@ -158,7 +151,7 @@ def make_state(step: int, width: int = 3) -> TrainState:
 
 
 def test_checkpoints_keep_the_newest_and_refuse_another_run(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    checkpoints = Checkpoints(tmp_path / "c")
     assert checkpoints.restore(make_state(0)) is None
     for step in (5, 10, 15):
         checkpoints.save(make_state(step))
