@@ -22,18 +22,20 @@ def load(
     weights: str | os.PathLike[str],
     image_size: ImageSize | None = None,
     *,
+    model: str | None = None,
     attention: AttentionKind = "chunked",
     dtype: Any = jnp.float32,
 ) -> tuple[Sam, dict[str, Any]]:
     """The model and its parameters from a samjax checkpoint, a `.pth` or a `.safetensors` file.
 
-    Or from a name that `samjax weights list` shows, such as "sam_vit_b", whose file is downloaded
-    once. `image_size`: the model's input in pixels, a side or (height, width); None keeps the
-    checkpoint's own. `dtype` is that of the computation. Parameters are float32 numpy arrays,
-    whatever the file holds. Raises FileNotFoundError, ValueError, or DownloadError with one
-    sentence on what is wrong.
+    Or from a folder of transformers, or from a name that `samjax weights list` shows, such as
+    "sam_vit_b", whose file is downloaded once. `image_size`: the model's input in pixels, a side or
+    (height, width); None keeps the checkpoint's own. `model`: which of `samjax.MODELS` it is; only
+    needed where several have the same tensors and other preprocessing. `dtype` is that of the
+    computation. Parameters are float32 numpy arrays, whatever the file holds. Raises
+    FileNotFoundError, ValueError, or DownloadError with one sentence on what is wrong.
     """
-    config, params = _read(weights)
+    config, params = _read(weights, model)
     return Sam(config.with_image_size(image_size), attention, jnp.dtype(dtype)), params
 
 
@@ -42,24 +44,26 @@ def load_adapted(
     adapter: str | os.PathLike[str],
     image_size: ImageSize | None = None,
     *,
+    model: str | None = None,
     attention: AttentionKind = "chunked",
     dtype: Any = jnp.float32,
 ) -> tuple[Sam, dict[str, Any], dict[str, Any]]:
     """`(model, params, peft)` of weights with an adapter in place; raises as `load`.
 
-    The model's input size is the one that the adapter was trained at, unless one is given.
+    The model's input size is the one that the adapter was trained at, unless one is given. Which
+    model the weights are, the adapter knows. What is adapted is logged, one line.
     """
     file = peft_lib.read(adapter)
-    config, params = _read(weights)
-    trained_at = file.config.image_size
-    size = image_size or trained_at
-    model = Sam(config.with_image_size(size), attention, jnp.dtype(dtype))
-    params, records = peft_lib.apply(file, model, params, str(adapter))
-    method = file.metadata.get("method", "adapter")
-    _LOG.info("%s: %s for %s, trained at %d px", adapter, method, file.config.name, trained_at)
-    return model, params, records
+    config, params = _read(weights, model, file.config)
+    config = config.with_image_size(image_size or file.config.image_size)
+    sam = Sam(config, attention, jnp.dtype(dtype))
+    params, records = peft_lib.apply(file, sam, params, str(adapter))
+    _LOG.info("%s: %s", adapter, peft_lib.describe(file, sam))
+    return sam, params, records
 
 
-def _read(weights: str | os.PathLike[str]) -> tuple[SamConfig, dict[str, Any]]:
-    config, params = read_weights(weights)
+def _read(
+    weights: str | os.PathLike[str], model: str | None, prefer: SamConfig | None = None
+) -> tuple[SamConfig, dict[str, Any]]:
+    config, params = read_weights(weights, model, prefer=prefer)
     return config, jax.tree.map(lambda x: np.asarray(x, np.float32), params)

@@ -1,7 +1,7 @@
 """PEFT methods as functions from trees to trees."""
 
 from samjax.peft.delta import Delta, NotMergeable
-from samjax.peft.io import Adapter, apply, load, read, save
+from samjax.peft.io import Adapter, apply, describe, load, read, save
 from samjax.peft.lora import LoRA
 from samjax.peft.recipes import RECIPES, MethodConfig
 from samjax.peft.report import Report, report
@@ -35,6 +35,7 @@ __all__ = [
     "attach",
     "check_sites",
     "combine",
+    "describe",
     "groups",
     "load",
     "merge",

@@ -1,7 +1,8 @@
 """Adapter files: every trained leaf, in one safetensors file that knows its base.
 
 The header holds a JSON record: schema, method, spec, model, hash of the base weights, hash of the
-tensors, and what the adapter was trained on. Nothing in the file is ever executed.
+tensors, what the adapter was trained on, and a hash of all this. Nothing in the file is ever
+executed.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from samjax.files import write_beside
-from samjax.hashes import params_sha256
+from samjax.hashes import is_sealed, params_sha256, sealed
 from samjax.models.configs import SamConfig
 from samjax.models.sam import Sam
-from samjax.peft.spec import PeftSpec, attach, check_sites, partition, trainable
+from samjax.peft.report import report
+from samjax.peft.spec import PeftSpec, attach, check_sites, partition, resolve, trainable
+from weights_convert.errors import shown
 
 SCHEMA = 1
 _KEY = "samjax"
@@ -85,7 +88,7 @@ def save(
         "metadata": metadata or {},
     }
     with write_beside(path) as temporary:
-        save_file(tensors, temporary, {_KEY: json.dumps(record, sort_keys=True)})
+        save_file(tensors, temporary, {_KEY: json.dumps(sealed(record), sort_keys=True)})
     return Adapter(spec, model.config, base_sha256, tensors, metadata or {})
 
 
@@ -107,7 +110,7 @@ def read(path: str | Path) -> Adapter:
             record = json.loads((file.metadata() or {}).get(_KEY, "null"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError, ValueError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged or no adapter file: {error}") from None
+        raise ValueError(f"{path} is damaged or no adapter file: {shown(error, 200)}") from None
     if not isinstance(record, dict) or "schema" not in record:
         raise ValueError(
             f"{path} is no samjax adapter (it lacks the 'samjax' header); adapters are written by "
@@ -115,8 +118,13 @@ def read(path: str | Path) -> Adapter:
         )
     if record["schema"] != SCHEMA:
         raise ValueError(
-            f"{path} has adapter schema {record['schema']}, and this samjax reads {SCHEMA}; "
+            f"{path} has adapter schema {shown(record['schema'])}, and this samjax reads {SCHEMA}; "
             "install a newer samjax"
+        )
+    # Earlier versions of samjax wrote no such hash.
+    if "sha256" in record and not is_sealed(record):
+        raise ValueError(
+            f"{path} is damaged: its header differs from the hash in it; copy it again"
         )
     try:
         adapter = Adapter(
@@ -128,20 +136,21 @@ def read(path: str | Path) -> Adapter:
         )
         recorded = record["tensors_sha256"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"the header of {path} cannot be read: {error}") from None
+        raise ValueError(f"the header of {path} cannot be read: {shown(error, 200)}") from None
     if params_sha256(tensors) != recorded:
-        raise ValueError(f"{path} is damaged: its tensors differ from the hash in its header")
+        raise ValueError(
+            f"{path} is damaged: its tensors differ from the hash in its header; copy it again"
+        )
     return adapter
 
 
 def apply(adapter: Adapter, model: Sam, params: Any, name: str = "the adapter") -> tuple[Any, Any]:
     """`(params, peft)` of the trained model: the base with the adapter's leaves in place.
 
-    Raises ValueError where the adapter belongs to another architecture or to other weights.
+    Raises ValueError where the adapter belongs to another architecture, to a model with another
+    preprocessing, or to other weights.
     """
-    ours, theirs = (dataclasses.replace(c, image_size=0) for c in (model.config, adapter.config))
-    if ours != theirs:
-        raise ValueError(f"{name} was trained in {theirs.name}, and these weights are {ours.name}")
+    _check_model(adapter.config, model.config, name)
     base = params_sha256(params)
     if base != adapter.base_sha256:
         raise ValueError(
@@ -170,6 +179,35 @@ def apply(adapter: Adapter, model: Sam, params: Any, name: str = "the adapter") 
     peft = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
     check_sites(model, new_params, peft)
     return new_params, peft
+
+
+def _check_model(theirs: SamConfig, ours: SamConfig, name: str) -> None:
+    """Any input size will do, but nothing else may differ."""
+    if theirs.architecture != ours.architecture:
+        raise ValueError(
+            f"{name} was trained in {shown(theirs.name)}, and these weights are {ours.name}, which "
+            "is built differently; pass the weights that it was trained on"
+        )
+    if dataclasses.replace(theirs, image_size=0) != dataclasses.replace(ours, image_size=0):
+        raise ValueError(
+            f"{name} was trained in {shown(theirs.name)}, and these weights are {ours.name}, which "
+            "has the same layers but another preprocessing; pass the weights that it was trained "
+            f"on, or if they are these, convert them with --model {shown(theirs.name)}"
+        )
+
+
+def describe(adapter: Adapter, model: Sam) -> str:
+    """What an adapter does to a model, in one line: method, size, and what it was trained on."""
+    counts = report(adapter.spec, model)
+    sites = len(resolve(adapter.spec, model).sites)
+    prompts = adapter.metadata.get("trained_prompts")
+    kinds = {"none": "no prompt", "box": "boxes", "points": "points"}
+    drawn = [kinds[k] for k in kinds if isinstance(prompts, dict) and prompts.get(k)]
+    return (
+        f"{shown(adapter.metadata.get('method', 'adapter'))} at {sites} sites, "
+        f"{counts.trainable:,} trained numbers, for {shown(adapter.config.name)}, trained at "
+        f"{adapter.config.frame} px" + (f" with {' and '.join(drawn)}" if drawn else "")
+    )
 
 
 def load(path: str | Path, model: Sam, params: Any) -> tuple[Any, Any]:

@@ -1,14 +1,16 @@
 """Adapter files: what is refused, and that nothing half-written is left."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from samjax import peft
-from samjax.hashes import params_sha256
+from samjax.hashes import params_sha256, sealed
 from samjax.models import Sam
 from samjax.peft import MethodConfig
 from samjax.peft import io as peft_io
@@ -26,8 +28,6 @@ def saved(tmp_path, small_model, small_params):
 
 def rewrite(path, change_header=None, change_tensors=None) -> None:
     """Forges a file whose hash fits its tensors."""
-    from safetensors import safe_open
-
     with safe_open(path, "numpy") as file:
         record = json.loads(file.metadata()["samjax"])
     tensors = load_file(path)
@@ -36,7 +36,8 @@ def rewrite(path, change_header=None, change_tensors=None) -> None:
         record["tensors_sha256"] = params_sha256(tensors)
     if change_header:
         change_header(record)
-    save_file(tensors, path, {"samjax": json.dumps(record)})
+    del record["sha256"]
+    save_file(tensors, path, {"samjax": json.dumps(sealed(record))})
 
 
 def test_holds_every_trained_leaf_and_the_sizes_apart(saved, small_model):
@@ -97,12 +98,65 @@ def test_tensors_must_be_those_of_the_spec(saved, small_model, small_params):
         peft.load(saved, small_model, small_params)
 
 
-def test_another_architecture_is_refused(saved, small_model):
-    import dataclasses
-
-    config = dataclasses.replace(small_model.config, name="other", decoder_mlp_dim=32)
-    with pytest.raises(ValueError, match="was trained in"):
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"name": "other", "decoder_mlp_dim": 32}, "are other, which is built differently"),
+        ({"name": "other"}, "same layers but another preprocessing; .* with --model small"),
+        ({"pixel_mean": (0.0, 0.0, 0.0)}, "same layers but another preprocessing"),
+        ({"resize": "stretch"}, "same layers but another preprocessing"),
+    ],
+)
+def test_another_model_is_refused(saved, small_model, change, match):
+    config = dataclasses.replace(small_model.config, **change)
+    with pytest.raises(ValueError, match=f"was trained in small, and .*{match}") as info:
         peft.load(saved, Sam(config), {})
+    assert str(saved) in str(info.value)
+
+
+def test_other_weights_are_refused(saved, small_model, small_params):
+    other = jax.tree.map(lambda x: x + 1, small_params)
+    with pytest.raises(ValueError, match="was trained on other weights") as info:
+        peft.load(saved, small_model, other)
+    assert str(saved) in str(info.value)
+
+
+def test_a_changed_header_is_caught(saved):
+    with safe_open(saved, "numpy") as file:
+        header = file.metadata()["samjax"]
+    changed = header.replace('"image_size": 128', '"image_size": 192')
+    assert changed != header
+    save_file(load_file(saved), saved, {"samjax": changed})
+    with pytest.raises(ValueError, match="its header differs from the hash in it"):
+        peft.read(saved)
+
+
+def test_an_adapter_of_before_needs_no_hash_of_its_header(saved):
+    with safe_open(saved, "numpy") as file:
+        record = json.loads(file.metadata()["samjax"])
+    del record["sha256"]
+    tensors = load_file(saved)
+    save_file(tensors, saved, {"samjax": json.dumps(record)})
+    assert peft.read(saved).tensors.keys() == tensors.keys()
+
+
+def test_says_in_one_line_what_it_adapts(tmp_path, small_model, small_params):
+    spec = MethodConfig(rank=2).spec()
+    tree = peft.attach(spec, small_model, small_params, jax.random.key(0))
+    path = tmp_path / "a.safetensors"
+    variables = {"params": small_params, "peft": tree}
+    for metadata, end in (
+        ({}, "adapter at 2 sites, {} trained numbers, for small, trained at 128 px"),
+        (
+            {"method": "lora", "trained_prompts": {"none": 0.5, "box": 1.0, "points": 0}},
+            "lora at 2 sites, {} trained numbers, for small, trained at 128 px with no prompt and "
+            "boxes",
+        ),
+    ):
+        sha = params_sha256(small_params)
+        adapter = peft.save(path, spec, small_model, variables, sha, metadata)
+        trained = sum(tensor.size for tensor in adapter.tensors.values()) - 2  # two scales
+        assert peft.describe(adapter, small_model) == end.format(f"{trained:,}")
 
 
 def test_save_then_load(saved, small_model, small_params):
