@@ -43,7 +43,8 @@ class Config:
     objects: Literal["together", "each"] = "together"
     # What counts as an object: COCO's categories by name, or values in label images; left out, all.
     classes: tuple[str, ...] = ()
-    # What the weights must be, such as vit_b or vit_t; "auto" takes what they are.
+    # What the weights are, such as vit_b or vit_t; "auto" tells it from them, which is an error
+    # where models differ in their preprocessing alone, as vit_b and medsam do.
     model: str = "auto"
     # The model's input in pixels: a side, or height and width; left out, the model's own.
     image_size: int | tuple[int, int] | None = None

@@ -71,18 +71,17 @@ def open_model(config: Config, adapter: Path | None = None) -> tuple[Sam, Any]:
         raise ValueError("no weights: pass --weights FILE, a SAM checkpoint")
     if config.model != "auto" and config.model not in MODELS:
         raise ValueError(f"unknown model {config.model!r}; known are auto, {', '.join(MODELS)}")
-    options: dict[str, Any] = {"attention": config.attention, "dtype": config.dtype}
+    options: dict[str, Any] = {
+        "model": None if config.model == "auto" else config.model,
+        "attention": config.attention,
+        "dtype": config.dtype,
+    }
     variables: dict[str, Any] = {}
     if adapter is None:
         model, variables["params"] = load(config.weights, config.image_size, **options)
     else:
         model, variables["params"], variables["peft"] = load_adapted(
             config.weights, adapter, config.image_size, **options
-        )
-    if config.model not in ("auto", model.config.name):
-        raise ValueError(
-            f"{config.weights} holds {model.config.name}, but the run asks for {config.model}; "
-            f"pass --model {model.config.name} or other weights"
         )
     return model, variables
 

@@ -467,7 +467,7 @@ REFUSED = {
     "params --method frob": "unknown method 'frob'; this samjax knows lora, decoder",
     "params --segments qx": "segments must name some of q, k and v",
     TRAIN + " --method frob": "unknown method 'frob'",
-    TRAIN + " --model vit_b": "holds small, but the run asks for vit_b",
+    TRAIN + " --model vit_b": "it holds small, not vit_b; pass --model small",
     TRAIN + " --model vit_x": "unknown model 'vit_x'",
     TRAIN + " --image-size 100": "the nearest that is: 96",
     TRAIN + " --batch-size 3 --accumulate 2": "accumulate 2 does not divide batch_size 3",
