@@ -4,15 +4,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from samjax.batched import predict_batch
     from samjax.loading import load, load_adapted
     from samjax.models import MODELS, Prompts, Sam, SamConfig
     from samjax.predictor import SamPredictor
+    from samjax.prompting import Prompt
     from samjax.weights import convert
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MODELS",
+    "Prompt",
     "Prompts",
     "Sam",
     "SamConfig",
@@ -20,11 +23,13 @@ __all__ = [
     "convert",
     "load",
     "load_adapted",
+    "predict_batch",
 ]
 
 # Imported when asked for: `weights_convert` needs `samjax.models` alone, and the other way round.
 _MODULES = {
     "MODELS": "samjax.models",
+    "Prompt": "samjax.prompting",
     "Prompts": "samjax.models",
     "Sam": "samjax.models",
     "SamConfig": "samjax.models",
@@ -32,6 +37,7 @@ _MODULES = {
     "convert": "samjax.weights",
     "load": "samjax.loading",
     "load_adapted": "samjax.loading",
+    "predict_batch": "samjax.batched",
 }
 
 

@@ -10,12 +10,12 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from samjax.data.prompts import encode_prompt
-from samjax.data.images import read_image
+from samjax.data.images import read_image, read_mask
 from samjax.files import write_beside
 from samjax.loading import load, load_adapted
 from samjax.models import ImageSize
-from samjax.predictor import SamPredictor, check_inside
+from samjax.predictor import SamPredictor
+from samjax.prompting import Prompt, check_prompt
 from samjax.viz import overlay, save_png
 
 
@@ -27,6 +27,7 @@ def predict_files(
     adapter: Path | None = None,
     points: Sequence[Sequence[float]] = (),
     boxes: Sequence[Sequence[float]] = (),
+    mask: Path | None = None,
     multimask: bool = False,
     image_size: ImageSize | None = None,
     save_logits: bool = False,
@@ -36,20 +37,19 @@ def predict_files(
 
     Raises FileNotFoundError, or ValueError with one sentence, before anything is written.
     """
-    if len(boxes) > 1 and points:
-        raise ValueError(
-            f"{len(boxes)} boxes are {len(boxes)} prompts, and points beside them would belong to "
-            "none: give the points with one box, or the boxes alone"
-        )
     if not image_path.is_file():
         raise FileNotFoundError(f"no image file at {image_path}")
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; choose a folder with --out")
     image = read_image(image_path)
-    _check_prompts(points, boxes, image.shape[:2])
+    size = (image.shape[0], image.shape[1])
+    prompts = _prompts(points, boxes, mask, size)
+    for prompt in prompts:
+        # Before any weights are read, which may take long.
+        check_prompt(prompt, size)
     predictor = open_predictor(weights, adapter, image_size)
     predictor.set_image(image)
-    masks, iou, low_res = _predict(predictor, points, boxes, multimask)
+    masks, iou, low_res = predictor.predict_prompts(prompts, multimask)
 
     out.mkdir(parents=True, exist_ok=True)
     files = []
@@ -89,31 +89,24 @@ def open_predictor(
     return SamPredictor(*load_adapted(weights, adapter, image_size))
 
 
-def _check_prompts(
-    points: Sequence[Sequence[float]], boxes: Sequence[Sequence[float]], size: tuple[int, ...]
-) -> None:
-    """Raises ValueError before any weights are read, which may take long."""
-    table = np.array(points).reshape(-1, 3)
-    for box in boxes or [None]:
-        coords, labels = encode_prompt(table[:, :2], table[:, 2], box)
-        check_inside(coords[labels >= 0], (size[0], size[1]))
-
-
-def _predict(
-    predictor: SamPredictor,
+def _prompts(
     points: Sequence[Sequence[float]],
     boxes: Sequence[Sequence[float]],
-    multimask: bool,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(prompts, masks, ...) arrays, whatever the number of prompts."""
-    if len(boxes) > 1:
-        return predictor.predict_boxes(np.array(boxes), multimask)
+    mask: Path | None,
+    size: tuple[int, int],
+) -> list[Prompt]:
+    """Several boxes are several prompts; all else belongs to one."""
+    if len(boxes) > 1 and (points or mask):
+        raise ValueError(
+            f"{len(boxes)} boxes are {len(boxes)} prompts, and points or a mask beside them would "
+            "belong to none: give these with one box, or the boxes alone"
+        )
     table = np.array(points).reshape(-1, 3)
-    one = predictor.predict(
-        point_coords=table[:, :2] if points else None,
-        point_labels=table[:, 2] if points else None,
-        box=np.array(boxes[0]) if boxes else None,
-        multimask_output=multimask,
-    )
-    masks, iou, low_res = one
-    return masks[None], iou[None], low_res[None]
+    coords, labels = (table[:, :2], table[:, 2]) if points else (None, None)
+    given = None if mask is None else read_mask(mask)[0]
+    if given is not None and given.shape != size:
+        raise ValueError(
+            f"the mask {mask} is {given.shape[1]}x{given.shape[0]} pixels (width x height), but "
+            f"the image is {size[1]}x{size[0]}"
+        )
+    return [Prompt(coords, labels, box, given) for box in boxes or [None]]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from samjax import preprocess
-from samjax.data.prompts import encode_prompt, pad_prompt
 from samjax.models import Prompts, Sam
+from samjax.prompting import Prompt, assemble
 
 
 class SamPredictor:
@@ -19,7 +19,7 @@ class SamPredictor:
 
     `model, params` come from `samjax.load`; `peft` is an adapter's tree or None. Arrays go in and
     come out in the reference's layout. The encoder compiles once for a model; the decoder once for
-    each number of prompts and each doubling of points.
+    each doubling of prompts and of points.
     """
 
     def __init__(self, model: Sam, params: Any, peft: Any = None) -> None:
@@ -44,7 +44,7 @@ class SamPredictor:
         if image_format == "BGR":
             array = array[..., ::-1]
         padded, input_size = preprocess.prepare_image(array, self.model.config.frame)
-        self._embedding = _encode(self.model, self._variables, padded[None], input_size[None])
+        self._embedding = encode(self.model, self._variables, padded[None], input_size[None])
         self.original_size = (array.shape[0], array.shape[1])
 
     def get_image_embedding(self) -> np.ndarray:
@@ -65,19 +65,16 @@ class SamPredictor:
 
         `point_coords` (n, 2) as (x, y) in the image's pixels with `point_labels` (n,), 1 for the
         object and 0 for the background; `box` (4,) as (x0, y0, x1, y1), whose edges may lie on the
-        image's; `mask_input` (1, 256, 256) logits that an earlier call returned. All are optional.
+        image's; `mask_input`, (1, 256, 256) logits that an earlier call returned (to refine them),
+        or a mask of the image's own size (h, w), bool or float logits. All are optional.
 
         Returns masks (c, h, w), bool, or float32 logits with `return_logits`; IoU predictions (c,);
         and low-resolution logits (c, 256, 256); c is 3 with `multimask_output` and 1 without.
 
         Raises RuntimeError before `set_image`, ValueError for a prompt that cannot be.
         """
-        original_size = self._require_image()
-        coords, labels = encode_prompt(point_coords, point_labels, box)
-        check_inside(coords[labels >= 0], original_size)
-        masks, iou, low_res = self._predict(
-            coords[None], labels[None], mask_input, multimask_output, return_logits
-        )
+        prompt = Prompt(point_coords, point_labels, box, mask_input)
+        masks, iou, low_res = self.predict_prompts([prompt], multimask_output, return_logits)
         return masks[0], iou[0], low_res[0]
 
     def predict_boxes(
@@ -88,48 +85,32 @@ class SamPredictor:
         Returns masks (n, c, h, w), IoU predictions (n, c) and low-resolution logits
         (n, c, 256, 256). Raises as `predict` does.
         """
-        original_size = self._require_image()
         array = np.asarray(boxes)
         if array.ndim != 2 or array.shape[1] != 4 or not len(array):
             raise ValueError(f"boxes must have shape (n, 4) with n > 0, not {array.shape}")
-        prompts = [encode_prompt(None, None, box) for box in array]
-        coords, labels = (np.stack(parts) for parts in zip(*prompts, strict=True))
-        check_inside(coords, original_size)
-        return self._predict(coords, labels, None, multimask_output, return_logits)
+        prompts = [Prompt(box=box) for box in array]
+        return self.predict_prompts(prompts, multimask_output, return_logits)
 
-    def _predict(
+    def predict_prompts(
         self,
-        coords: np.ndarray,
-        labels: np.ndarray,
-        mask_input: np.ndarray | None,
-        multimask_output: bool,
-        return_logits: bool,
+        prompts: Sequence[Prompt],
+        multimask_output: bool = False,
+        return_logits: bool = False,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        original_size = self._require_image()
-        frame = self.model.config.frame
-        coords = preprocess.scale_coords(coords, original_size, frame).astype(np.float32)
-        # Empty slots change nothing, and rounding up to powers of two spares recompiling.
-        slots = labels.shape[1] and 1 << (labels.shape[1] - 1).bit_length()
-        padded = [pad_prompt(c, x, slots) for c, x in zip(coords, labels, strict=True)]
-        coords, labels = (np.stack(parts) for parts in zip(*padded, strict=True))
-        masks = None if mask_input is None else self._check_mask(mask_input)
-        prompts = Prompts(coords, labels, masks)
-        logits, iou = _decode(self.model, self._variables, self._embedding, prompts)
+        """Masks for any mixture of prompts on the current image in one call.
+
+        Returns what `predict_boxes` does; raises as `predict` does, and for no prompts at all.
+        """
+        size, config = self._require_image(), self.model.config
+        if not prompts:
+            raise ValueError("prompts is empty; for no points, boxes and masks give [Prompt()]")
+        batch = assemble(prompts, [size] * len(prompts), config)
+        logits, iou = decode(self.model, self._variables, self._embedding, batch)
         chosen = slice(1, None) if multimask_output else slice(0, 1)
-        logits, iou = logits[:, chosen], iou[:, chosen]
-        full = preprocess.postprocess_masks(logits, frame, original_size)
+        logits, iou = logits[: len(prompts), chosen], iou[: len(prompts), chosen]
+        full = preprocess.postprocess_masks(logits, config.frame, size)
         full = full if return_logits else full > preprocess.MASK_THRESHOLD
         return np.asarray(full), np.asarray(iou), np.asarray(logits)
-
-    def _check_mask(self, mask_input: np.ndarray) -> Any:
-        side = 4 * self._embedding.shape[1]
-        array = np.asarray(mask_input)
-        if array.shape != (1, side, side):
-            raise ValueError(
-                f"mask_input must have shape (1, {side}, {side}), low-resolution logits of an "
-                f"earlier prediction, not {array.shape}"
-            )
-        return jnp.asarray(array, jnp.float32)
 
     def _require_image(self) -> tuple[int, int]:
         if self.original_size is None:
@@ -138,23 +119,12 @@ class SamPredictor:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(model: Sam, variables: Any, image: Any, input_size: Any) -> Any:
+def encode(model: Sam, variables: Any, image: Any, input_size: Any) -> Any:
+    """`Sam.encode`, compiled."""
     return model.apply(variables, image, input_size, method="encode")
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _decode(model: Sam, variables: Any, embedding: Any, prompts: Prompts) -> Any:
+def decode(model: Sam, variables: Any, embedding: Any, prompts: Prompts) -> Any:
+    """`Sam.decode`, compiled."""
     return model.apply(variables, embedding, prompts, method="decode")
-
-
-def check_inside(coords: np.ndarray, original_size: tuple[int, int]) -> None:
-    """Raises ValueError for a point outside the image; its edges x = width, y = height are in."""
-    height, width = original_size
-    flat = np.asarray(coords).reshape(-1, 2)
-    outside = flat[(flat < 0).any(1) | (flat[:, 0] > width) | (flat[:, 1] > height)]
-    if len(outside):
-        x, y = outside[0]
-        raise ValueError(
-            f"the point or box corner ({x:g}, {y:g}) lies outside the image, which is {width} "
-            f"pixels wide and {height} high"
-        )

@@ -15,7 +15,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 from PIL import Image
 
 MASK_THRESHOLD = 0.0
@@ -110,6 +110,31 @@ def prepare_mask(mask: Bool[np.ndarray, "h w"], frame: Frame) -> Bool[np.ndarray
         image = Image.fromarray(mask.astype(np.uint8))
         mask = np.asarray(image.resize((width, height), Image.Resampling.NEAREST)).astype(bool)
     return pad_to(mask, frame)
+
+
+# The logit of a mask prompt's object; SAM was trained with logits of its own predictions, and an
+# object of probability 0.999 lies well within them.
+MASK_PROMPT_LOGIT = 6.9
+
+
+def prepare_mask_prompt(
+    mask: Shaped[np.ndarray, "h w"], frame: Frame, low: tuple[int, int]
+) -> Float[np.ndarray, "lh lw"]:
+    """A mask of the image's size, bool or float logits, as the (lh, lw) logits of a mask prompt.
+
+    It is resized as the image is, antialiased; the padding is background.
+    """
+    logits = mask
+    if mask.dtype == bool:
+        logits = np.where(mask, MASK_PROMPT_LOGIT, -MASK_PROMPT_LOGIT)
+    # An image's sides in the frame need not be whole low-resolution pixels: resized within the
+    # frame, where they are whole, and then brought down to it as one.
+    height, width = frame.resized_shape(*mask.shape)
+    image = Image.fromarray(logits.astype(np.float32))
+    resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    pad = ((0, frame.height - height), (0, frame.width - width))
+    padded = Image.fromarray(np.pad(resized, pad, constant_values=-MASK_PROMPT_LOGIT))
+    return np.asarray(padded.resize((low[1], low[0]), Image.Resampling.BILINEAR))
 
 
 def normalize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import samjax
-from samjax.predictor import _decode, _encode
+from samjax.predictor import decode, encode
 
 BOUND = 1e-3  # of the reference's standard deviation
 SIZE = (100, 150)  # height, width; the model's input is 128 x 128
@@ -123,21 +123,21 @@ def test_the_decoder_compiles_once_for_each_doubling_of_points(predictor):
     # 1 to 4 points and the "not a point" are 2, 3, 4 and 5 slots, in 2, 4, 4 and 8.
     for count in (1, 3, 4):
         predictor.predict(**points(count))
-    compiled = _decode._cache_size()
+    compiled = decode._cache_size()
     for count in (2, 5, 6, 7):
         predictor.predict(**points(count), multimask_output=count % 2 == 0)
     predictor.predict(**BOX)
     predictor.predict(**points(1), **BOX)
-    assert _decode._cache_size() == compiled
+    assert decode._cache_size() == compiled
 
 
 def test_one_model_compiles_once(predictor, small_config, small_params, image):
     predictor.predict(**points(7))
-    compiled = _encode._cache_size(), _decode._cache_size()
+    compiled = encode._cache_size(), decode._cache_size()
     other = samjax.SamPredictor(samjax.Sam(small_config), small_params)
     other.set_image(image[:, ::-1])
     other.predict(**points(7), return_logits=True)
-    assert (_encode._cache_size(), _decode._cache_size()) == compiled
+    assert (encode._cache_size(), decode._cache_size()) == compiled
 
 
 def test_bgr_images(predictor, small_model, small_params, image):
@@ -211,7 +211,7 @@ REFUSED = {
     "box of no height": ({"box": np.array([5, 10, 20, 10])}, "y1 > y0"),
     "box outside": ({"box": np.array([5, 10, 150.5, 60])}, "150 pixels wide and 100 high"),
     "box of two": ({"box": np.zeros((2, 4))}, "four finite numbers"),
-    "mask of an image's size": ({"mask_input": np.zeros((1, *SIZE))}, r"shape \(1, 32, 32\)"),
+    "mask of another size": ({"mask_input": np.zeros((1, *SIZE))}, r"shape \(1, 32, 32\)"),
     "three masks": ({"mask_input": np.zeros((3, 32, 32))}, r"shape \(1, 32, 32\)"),
 }
 

@@ -1,8 +1,9 @@
 """From a source of samples to batches of model input: an endless stream for training, a pass for
 evaluation.
 
-The training stream is a pure function of the seed and the global step. It does not know of
-processes (each takes its rows of the global batch), and to resume is to start at another step.
+The training stream is a pure function of the seed and the global step: shuffling and random changes
+come before each process takes its share, so that the stream is the same for any number of them, and
+to resume is to start at another step.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 import grain
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Float32, Int32
 
 from samjax.data.augment import AugmentConfig
 from samjax.data.augment import augment as augment_sample
@@ -57,15 +58,25 @@ def train_batches(
     seed: int,
     prompts: PromptConfig,
     augment: AugmentConfig,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> grain.MapDataset:
-    """The endless stream of global training batches; element i is the batch of step i.
+    """The endless stream of training batches; element i is the batch of step i.
 
     The source is shuffled anew in every epoch, and a batch may reach from one epoch into the next.
     Element i does not depend on what was read before it. Each is a dict of numpy arrays: image,
-    input_size, coords and labels as `prepare_sample` gives them, mask (fh, fw) bool as `prepare_mask`
-    does and index () int32, the position in the source, all with a leading batch axis.
+    input_size, coords and labels as `prepare_sample` gives them, mask (fh, fw) bool as
+    `samjax.preprocess.prepare_mask` does and index () int32, the position in the source, all with a
+    leading batch axis.
+
+    `batch_size` is global: of `process_count` processes each gets the samples p, p + count, ... of
+    the global batch, `batch_size / process_count` of them.
     """
     _check_batch(source, batch_size)
+    if batch_size % process_count:
+        raise ValueError(
+            f"batch_size {batch_size} is not a multiple of the {process_count} processes"
+        )
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must lie in [0, 2**32), but is {seed}")
 
@@ -81,7 +92,8 @@ def train_batches(
     # As many epochs as leave every length of the chain an index-sized integer.
     epochs = 2**62 // len(source)
     positions = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(epochs)
-    return positions.random_map(load).batch(batch_size)
+    own = positions.random_map(load)[process_index::process_count]
+    return own.batch(batch_size // process_count)
 
 
 def batches_from(

@@ -16,8 +16,8 @@ from samjax.arguments import Outcome, numbers, parse
 class Predict:
     """Predicts masks for an image.
 
-    Without points and boxes there is no prompt: for adapters that were trained so. Points and one
-    box together are one prompt; several boxes are several prompts.
+    Without points, boxes and a mask there is no prompt: for adapters that were trained so. Points,
+    one box and a mask together are one prompt; several boxes are several prompts.
 
     Example: samjax predict photo.jpg --weights sam_vit_b --box 40,30,210,180 --out masks
     """
@@ -34,6 +34,8 @@ class Predict:
     """X,Y,LABEL in pixels; label 1 is the object, 0 the background. May be repeated."""
     box: UseAppendAction[tuple[str, ...]] = ()
     """X0,Y0,X1,Y1 in pixels; edges may lie on the image's. May be repeated."""
+    mask: Path | None = None
+    """An image file of the image's own size, white on what is roughly the object."""
     multimask: bool = False
     """Three masks per prompt instead of one."""
     image_size: int | tuple[int, int] | None = None
@@ -55,6 +57,7 @@ class Predict:
             adapter=self.adapter,
             points=[numbers(text, "--point", ("X", "Y", "LABEL")) for text in self.point],
             boxes=[numbers(text, "--box", ("X0", "Y0", "X1", "Y1")) for text in self.box],
+            mask=self.mask,
             multimask=self.multimask,
             image_size=self.image_size,
             save_logits=self.save_logits,

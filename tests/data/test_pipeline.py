@@ -182,7 +182,9 @@ def test_evaluation_keeps_the_order_and_fills_the_last_batch(kind, slots):
             sample = source[min(3 * number + row, COUNT - 1)]
             np.testing.assert_array_equal(batch["truth"][row], sample.mask)
             np.testing.assert_array_equal(batch["original_size"][row], sample.mask.shape)
-            np.testing.assert_array_equal(batch["image"][row], prepare_image(sample.image, Frame(32, 32))[0])
+            np.testing.assert_array_equal(
+                batch["image"][row], prepare_image(sample.image, Frame(32, 32))[0]
+            )
             scale = batch["input_size"][row][::-1] / sample.mask.shape[::-1]
             if not sample.mask.any():
                 assert batch["labels"][row].tolist() == [-2] * slots
@@ -216,3 +218,22 @@ def test_nonsense_is_refused():
         stream(seed=-1)
     with pytest.raises(ValueError, match="no samples"):
         eval_batches(ListSource(0), frame=Frame(8, 8), batch_size=1, prompts_for="none")
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_share_one_stream(count):
+    source = ListSource(7)
+
+    def batches(**shares):
+        settings = {"seed": 5, "prompts": PROMPTS, "augment": AugmentConfig(rotate90=True)}
+        dataset = train_batches(source, frame=Frame(32, 32), batch_size=6, **settings, **shares)
+        return list(batches_from(dataset, 0, 4))
+
+    whole = batches()
+    for process in range(count):
+        share = batches(process_index=process, process_count=count)
+        for one, own in zip(whole, share, strict=True):
+            for key, value in one.items():
+                np.testing.assert_array_equal(value[process::count], own[key])
+    with pytest.raises(ValueError, match="batch_size 6 is not a multiple of the 4 processes"):
+        batches(process_index=0, process_count=4)
