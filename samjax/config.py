@@ -35,8 +35,9 @@ class Config:
 
     # A samjax checkpoint, a .pth or .safetensors file, or a name that `samjax weights list` shows.
     weights: str = ""
-    # A folder of images and masks or label images, or a COCO dataset (its folder or its JSON); see
-    # `samjax.data.folder` and `samjax.data.coco` for the layouts.
+    # A folder of images and masks or label images, a COCO dataset (its folder or its JSON), or
+    # tfds:NAME, which `samjax data prepare NAME` built; see `samjax.data.folder` and
+    # `samjax.data.coco` for the layouts.
     data: str = ""
     # Whether all that is marked in an image is one mask, or each object (COCO's annotations, the
     # values of label images) is a sample of its own, whose prompt is drawn from that object.
