@@ -20,7 +20,7 @@ from samjax.data.images import read_image
 from samjax.weights import read_weights, save_checkpoint
 from weights_convert import from_params, read_tensors
 
-VERBS = ("weights", "convert", "predict", "check-data", "train", "eval", "params", "merge")
+VERBS = ("weights", "convert", "predict", "data", "check-data", "train", "eval", "params", "merge")
 SIZE = (40, 48)  # height, width of every image
 
 EXPERIMENT = '''"""A run of three steps."""

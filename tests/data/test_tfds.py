@@ -55,7 +55,7 @@ def write_official(root):
 
 
 def zip_folder(root):
-    with zipfile.ZipFile(root / "kvasir-seg.zip", "w") as archive:
+    with zipfile.ZipFile(root / "kvasir-seg.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("__MACOSX/Kvasir-SEG/._images", b"macOS")
         for file in sorted((root / "Kvasir-SEG").rglob("*")):
             archive.write(file, file.relative_to(root))
@@ -292,9 +292,10 @@ def test_what_is_wrong_with_the_files_is_said_before_anything_is_prepared(tmp_pa
     Image.new("L", (7, 5)).save(files / "masks" / f"{NAMES[0]}.jpg")
     zip_folder(tmp_path / "files").replace(archive)
     assert f"{archive}/Kvasir-SEG/masks/{NAMES[0]}.jpg is 7x5" in complaint(tmp_path)
-    whole = archive.read_bytes()
-    archive.write_bytes(whole[:300] + bytes(300) + whole[600:])  # the directory is at the end
-    assert f"{archive} is broken (" in complaint(tmp_path)
+    whole = archive.read_bytes()  # the directory is at its end
+    for place in (900, 2000):
+        archive.write_bytes(whole[:place] + bytes(300) + whole[place + 300 :])
+        assert f"{archive} is broken (" in complaint(tmp_path)
 
 
 def test_names_and_splits_that_are_not_there(data_dir):

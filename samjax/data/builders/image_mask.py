@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,7 +34,7 @@ class ImageMaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     TITLE: ClassVar[str]
     HOMEPAGE: ClassVar[str]
-    # In the user's words: what the data may be used for.
+    # What the data may be used for.
     LICENSE: ClassVar[str]
     CITATION: ClassVar[str]
     # The archive's file name, its one folder, and how many pairs that holds.
@@ -140,7 +141,7 @@ class ImageMaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 members = [n for n in opened.namelist() if n.startswith(f"{self.FOLDER}/")]
                 for member in self.track(members, f"unpacking {archive.name}", len(members)):
                     opened.extract(member, self._scratch())
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{archive} is broken ({error}): {self.how_to_get()} again") from error
         if not members:
             raise ValueError(f"{archive} holds no folder {self.FOLDER}: {self.how_to_get()}")

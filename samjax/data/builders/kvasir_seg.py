@@ -25,6 +25,8 @@ class KvasirSeg(ImageMaskBuilder):
     ARCHIVE = "kvasir-seg.zip"
     FOLDER = "Kvasir-SEG"
     NUM_PAIRS = 1000
+    # The hash stands in two projects on GitHub: constantinpape/torch-em (torch_em/data/datasets/
+    # medical/kvasir.py) and MECLabTUDA/NCALab (tasks/segmentation_kvasir_seg).
     DOWNLOAD = (
         "https://datasets.simula.no/downloads/kvasir-seg.zip",
         46_227_172,
