@@ -66,39 +66,54 @@ def small_model(small_config) -> Sam:
 
 
 @pytest.fixture(scope="session")
-def small_params(small_model):
-    """Numpy arrays. No leaf is all zeros or ones, as some are initialised: that hides mistakes.
+def draw_params():
+    """`draw_params(model)` are numpy arrays, none of them all zeros or ones, as some are
+    initialised: that hides mistakes.
 
     Drawn here, since to compile `init_params` takes a quarter of a minute.
     """
-    rng = np.random.default_rng(0)
 
-    def draw(path, shape) -> np.ndarray:
-        name = path[-1].key
-        if name == "kernel":
-            std = float(np.prod(shape.shape[:-1])) ** -0.5
-        else:
-            std = 0.1 if name in ("bias", "scale", "pos_embed", "rel_pos_h", "rel_pos_w") else 1.0
-        leaf = rng.normal(float(name == "scale"), std, shape.shape)
-        return leaf.astype(np.float32)
+    def build(model: Sam):
+        rng = np.random.default_rng(0)
 
-    return jax.tree_util.tree_map_with_path(draw, small_model.init_params_shapes())
+        def draw(path, shape) -> np.ndarray:
+            name = path[-1].key
+            if name == "kernel":
+                std = float(np.prod(shape.shape[:-1])) ** -0.5
+            else:
+                std = 0.1 if name in ("bias", "scale", "pos_embed", "rel_pos_h", "rel_pos_w") else 1
+            leaf = rng.normal(float(name == "scale"), std, shape.shape)
+            return leaf.astype(np.float32)
+
+        return jax.tree_util.tree_map_with_path(draw, model.init_params_shapes())
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def small_params(small_model, draw_params):
+    return draw_params(small_model)
 
 
 @pytest.fixture(scope="session")
 def torch_sam(segment_anything):
-    """`torch_sam(config, params)` is the original's model, of a ViT, with samjax's weights."""
+    """`torch_sam(config, params)` is the original's model, of a ViT, with samjax's weights.
+
+    The original's encoder takes its own square alone: for another input its `pos_embed` is resized
+    by torch. It resizes the relative positions itself.
+    """
     import torch
     from segment_anything import modeling
 
     def build(config: SamConfig, params):
-        encoder, dim, side = config.image_encoder, config.prompt_embed_dim, config.image_size
-        grid = side // encoder.patch_size
+        encoder, dim = config.image_encoder, config.prompt_embed_dim
+        (rows, columns), patch = encoder.position_grid, encoder.patch_size
+        assert rows == columns, "the original's tables are of a square"
         model = modeling.Sam(
             image_encoder=modeling.ImageEncoderViT(
                 depth=encoder.depth,
                 embed_dim=encoder.embed_dim,
-                img_size=side,
+                img_size=rows * patch,
                 mlp_ratio=4,
                 norm_layer=lambda width: torch.nn.LayerNorm(width, eps=1e-6),
                 num_heads=encoder.num_heads,
@@ -111,8 +126,8 @@ def torch_sam(segment_anything):
             ),
             prompt_encoder=modeling.PromptEncoder(
                 embed_dim=dim,
-                image_embedding_size=(grid, grid),
-                input_image_size=(side, side),
+                image_embedding_size=config.grid,
+                input_image_size=config.frame.shape,
                 mask_in_chans=16,
             ),
             mask_decoder=modeling.MaskDecoder(
@@ -132,6 +147,12 @@ def torch_sam(segment_anything):
         )
         tensors = {k: torch.from_numpy(v.copy()) for k, v in from_params(params, config).items()}
         model.load_state_dict(tensors, strict=True)
+        if config.grid != (rows, columns):
+            table = model.image_encoder.pos_embed.data.permute(0, 3, 1, 2)
+            resized = torch.nn.functional.interpolate(
+                table, config.grid, mode="bicubic", align_corners=False, antialias=False
+            )
+            model.image_encoder.pos_embed.data = resized.permute(0, 2, 3, 1)
         return model.eval()
 
     return build
