@@ -78,6 +78,9 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"
     # Attention of the ViT's global blocks; chunked never holds all scores.
     attention: Literal["chunked", "dense"] = "chunked"
+    # What the backward pass computes again instead of keeping: nothing, or the inside of each block
+    # of the encoder.
+    remat: Literal["none", "blocks"] = "none"
     # Steps between two lines of metrics.jsonl.
     log_every: int = 10
     # Steps between two checkpoints.

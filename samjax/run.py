@@ -83,7 +83,7 @@ def open_model(config: Config, adapter: Path | None = None) -> tuple[Sam, Any]:
         model, variables["params"], variables["peft"] = load_adapted(
             config.weights, adapter, config.image_size, **options
         )
-    return model, variables
+    return model.clone(remat=config.remat), variables
 
 
 def evaluate_source(
