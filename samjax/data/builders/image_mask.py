@@ -21,6 +21,11 @@ from samjax.data.folder import Pair, check_pairs
 from samjax.data.walk import Track, untracked
 
 
+class _Info(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """Nothing: TFDS publishes none of these, and its search leaves an empty folder in /tmp."""
+
+
 class ImageMaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """A dataset of images with a mask each; a subclass says where it is and how files pair up.
 
@@ -93,7 +98,7 @@ class ImageMaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             "image": tfds.features.Image(),
             "mask": tfds.features.Image(shape=(None, None, 1)),
         }
-        return tfds.core.DatasetInfo(
+        return _Info(
             builder=self,
             description=self.TITLE,
             homepage=self.HOMEPAGE,
