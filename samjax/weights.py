@@ -21,6 +21,7 @@ from samjax.hashes import file_sha256, is_sealed, params_sha256, sealed
 from samjax.models import SamConfig
 from weights_convert import CheckpointError
 from weights_convert.errors import told
+from weights_convert.hf_config import check_supported
 from weights_convert.hf_folder import is_hf_folder
 
 Params = dict[str, Any]  # nested; the leaves are arrays
@@ -69,22 +70,24 @@ def convert(
 
 def write_weights(dst: PathLike, config: SamConfig, params: Params, to: str = "samjax") -> None:
     """Writes parameters in one of `convert`'s formats, whole or not at all."""
-    check_destination(dst, to)
+    check_destination(dst, to, config)
     write = {"samjax": save_checkpoint, "meta": write_meta, "hf": write_huggingface}[to]
     write(Path(dst), config, params)
 
 
-def check_destination(dst: PathLike, to: str) -> None:
+def check_destination(dst: PathLike, to: str, config: SamConfig | None = None) -> None:
     """Raises, before any work, where `write_weights` could not write.
 
-    ValueError for an unknown format or a wrong suffix, FileExistsError where `dst` exists,
-    FileNotFoundError where its parent does not.
+    ValueError for an unknown format, a wrong suffix or, with `config`, a model that the format
+    cannot hold; FileExistsError where `dst` exists, FileNotFoundError where its parent does not.
     """
     dst = Path(dst)
     if to not in FORMATS:
         raise ValueError(f"unknown format {to!r}; choose {' or '.join(FORMATS)}")
     if to == "meta" and dst.suffix != ".safetensors":
         raise ValueError(f"{dst} must end in .safetensors, the format that `meta` is written in")
+    if to == "hf" and config is not None:
+        check_supported(config)
     _check_free(dst)
 
 

@@ -388,7 +388,12 @@ def test_merged_weights_predict_as_the_adapter(files, trained, tmp_path):
     adapter = ("--adapter", files / "run/adapter.safetensors")
     merged = ("--weights", files / "small", *adapter)
     result = call("merge", tmp_path / "merged", *merged, "--json")
-    assert result.json == {"model": "small", "dst": str(tmp_path / "merged"), "to": "samjax"}
+    written = {"model": "small", "dst": str(tmp_path / "merged"), "to": "samjax"}
+    difference = result.json["max_difference"]
+    assert result.json == {**written, "max_difference": difference}
+    assert difference.keys() == {"embedding", "logits"}
+    assert all(0 <= value <= 1e-4 for value in difference.values())
+    assert "merged and adapted model differ at most by" in result.err
     separate = predict(files, tmp_path / "a", *adapter, *BOX, "--save-logits")
     one = predict(files, tmp_path / "b", *BOX, "--save-logits", weights=tmp_path / "merged")
     base = predict(files, tmp_path / "c", *BOX, "--save-logits")
@@ -399,11 +404,15 @@ def test_merged_weights_predict_as_the_adapter(files, trained, tmp_path):
     assert_refused(call("merge", tmp_path / "merged", *merged), "exists already")
 
     meta = tmp_path / "merged.safetensors"
-    assert call("merge", meta, *merged, "--to", "meta").code == 0
+    result = call("merge", meta, *merged, "--to", "meta", "--no-verify", "--json")
+    assert result.json == {"model": "small", "dst": str(meta), "to": "meta"}
     config, params = read_weights(tmp_path / "merged")
     expected, tensors = from_params(params, config), read_tensors(meta)
     assert tensors.keys() == expected.keys()
     assert all(np.array_equal(tensors[key], expected[key]) for key in expected)
+    assert read_weights(meta)[0] == config
+    assert call("merge", tmp_path / "hf", *merged, "--to", "hf", "--no-verify").code == 0
+    assert read_weights(tmp_path / "hf")[0].image_size == config.image_size
 
 
 @pytest.mark.parametrize("verb", ["predict", "merge"])

@@ -15,29 +15,32 @@ OWN_KEY = "samjax_model"
 _PARTS = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
 
 
-def model_config(config: SamConfig) -> dict[str, Any]:
-    """`config.json` of the `SamModel` that computes what `config`'s model computes.
-
-    Raises ValueError, one sentence, where transformers has no such model: another encoder than
-    SAM's plain ViT, an input that is not square, or position tables of another grid than the
-    input's (see `weights_convert.positions`).
-    """
-    encoder, size = config.image_encoder, config.image_size
-    if not isinstance(encoder, VitConfig):
+def check_supported(config: SamConfig) -> None:
+    """Raises ValueError, one sentence, for a model that transformers has no class for."""
+    if not isinstance(config.image_encoder, VitConfig):
         raise CheckpointError(
             f"transformers has no class for {config.name}, whose image encoder is a TinyViT; write "
             "it with --to samjax or --to meta"
         )
-    height, width = config.frame.shape
-    if height != width:
+    if config.frame.height != config.frame.width:
         raise CheckpointError(
             f"transformers' SamModel takes square inputs only, and {config.name} is at "
             f"{config.frame} px; write it with --to samjax or --to meta"
         )
-    if encoder.position_grid != config.grid:
+
+
+def model_config(config: SamConfig) -> dict[str, Any]:
+    """`config.json` of the `SamModel` that computes what `config`'s model computes.
+
+    Raises ValueError, one sentence, where transformers has no such model, also where the position
+    tables are of another grid than the input's (see `weights_convert.positions`).
+    """
+    check_supported(config)
+    encoder, size = config.image_encoder, config.frame.height
+    if not isinstance(encoder, VitConfig) or encoder.position_grid != config.grid:
         raise CheckpointError(
-            f"transformers' SamModel does not resample position tables: those of {config.name} are "
-            f"for {encoder.position_grid} tokens, and its input of {size} px has {config.grid}"
+            f"transformers' SamModel does not resample position tables, and those of {config.name} "
+            f"are not made for its input of {size} px; resample them first"
         )
     dim, patch = config.prompt_embed_dim, encoder.patch_size
     return {
@@ -50,7 +53,7 @@ def model_config(config: SamConfig) -> dict[str, Any]:
             "num_hidden_layers": encoder.depth,
             "num_attention_heads": encoder.num_heads,
             "num_channels": 3,
-            "image_size": height,
+            "image_size": size,
             "patch_size": patch,
             "hidden_act": "gelu",
             "layer_norm_eps": 1e-6,
@@ -65,7 +68,7 @@ def model_config(config: SamConfig) -> dict[str, Any]:
         "prompt_encoder_config": {
             "model_type": "sam_prompt_encoder",
             "hidden_size": dim,
-            "image_size": height,
+            "image_size": size,
             "patch_size": patch,
             "mask_input_channels": 16,
             "num_point_embeddings": 4,

@@ -18,6 +18,7 @@ from samjax.peft.spec import (
     partition,
     trainable,
 )
+from samjax.peft.verify import verify_merge
 
 __all__ = [
     "RECIPES",
@@ -44,4 +45,5 @@ __all__ = [
     "report",
     "save",
     "trainable",
+    "verify_merge",
 ]

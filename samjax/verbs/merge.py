@@ -26,7 +26,12 @@ class Merge:
     adapter: Path
     """An adapter file."""
     to: Literal["samjax", "meta", "hf"] = "samjax"
-    """samjax: a checkpoint folder; meta: a .safetensors file for PyTorch."""
+    """samjax: a checkpoint folder; meta: a .safetensors file for PyTorch; hf: a folder for
+    transformers' SamModel."""
+    model: str | None = None
+    """What the weights are, such as vit_b or medsam; left out, the adapter knows it."""
+    verify: bool = True
+    """Run the adapted and the merged model on a test image and compare them."""
     json: bool = False
     """Print one JSON object, on one line, last on stdout."""
 
@@ -37,13 +42,21 @@ class Merge:
         from samjax.weights import check_destination, write_weights
 
         check_destination(self.dst, self.to)
-        model, params, records = load_adapted(self.weights, self.adapter)
-        write_weights(self.dst, model.config, peft.merge(model, params, records), self.to)
-        if self.to == "meta":
-            size = model.config.image_size
-            console.print(f"note: the adapter was trained at {size} px, which this file cannot say")
+        model, params, records = load_adapted(self.weights, self.adapter, model=self.model)
+        check_destination(self.dst, self.to, model.config)
+        merged = peft.merge(model, params, records)
+        result: dict[str, Any] = {"model": model.config.name, "dst": str(self.dst), "to": self.to}
+        if self.verify:
+            differences = peft.verify_merge(model, params, records, merged)
+            console.print(
+                "merged and adapted model differ at most by "
+                + ", ".join(f"{value:.1e} ({name})" for name, value in differences.items())
+                + " of the outputs' deviation"
+            )
+            result["max_difference"] = differences
+        write_weights(self.dst, model.config, merged, self.to)
         console.print(f"{self.adapter} merged into {self.weights}; written to {self.dst}")
-        return {"model": model.config.name, "dst": str(self.dst), "to": self.to}
+        return result
 
 
 def run(argv: list[str], console: Console) -> Outcome:
