@@ -24,6 +24,7 @@ def predict_files(
     weights: str,
     out: Path,
     *,
+    model: str | None = None,
     adapter: Path | None = None,
     points: Sequence[Sequence[float]] = (),
     boxes: Sequence[Sequence[float]] = (),
@@ -47,7 +48,7 @@ def predict_files(
     for prompt in prompts:
         # Before any weights are read, which may take long.
         check_prompt(prompt, size)
-    predictor = open_predictor(weights, adapter, image_size)
+    predictor = open_predictor(weights, adapter, image_size, model)
     predictor.set_image(image)
     masks, iou, low_res = predictor.predict_prompts(prompts, multimask)
 
@@ -81,12 +82,12 @@ def predict_files(
 
 
 def open_predictor(
-    weights: str, adapter: Path | None, image_size: ImageSize | None
+    weights: str, adapter: Path | None, image_size: ImageSize | None, model: str | None
 ) -> SamPredictor:
-    """A predictor, with an adapter in place where one is given."""
+    """A predictor, with an adapter in place where one is given; see `samjax.load`."""
     if adapter is None:
-        return SamPredictor(*load(weights, image_size))
-    return SamPredictor(*load_adapted(weights, adapter, image_size))
+        return SamPredictor(*load(weights, image_size, model=model))
+    return SamPredictor(*load_adapted(weights, adapter, image_size, model=model))
 
 
 def _prompts(

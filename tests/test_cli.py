@@ -478,6 +478,8 @@ REFUSED = {
     TRAIN + " --method frob": "unknown method 'frob'",
     TRAIN + " --model vit_b": "it holds small, not vit_b; pass --model small",
     TRAIN + " --model vit_x": "unknown model 'vit_x'",
+    PREDICT + " --model medsam": "it holds small, not medsam; pass --model small",
+    "convert {files}/small {out} --model vit_x": "no model is called 'vit_x'; known are vit_b",
     TRAIN + " --image-size 100": "the nearest that is: 96",
     TRAIN + " --batch-size 3 --accumulate 2": "accumulate 2 does not divide batch_size 3",
     TRAIN + " --resume": "nothing to resume",

@@ -28,6 +28,8 @@ class Predict:
     """A samjax checkpoint, a .pth or .safetensors file, or a name of `samjax weights list`."""
     out: Path
     """The folder to write masks and the overlay to; files of the same names are replaced."""
+    model: str | None = None
+    """What the weights are, such as vit_b or medsam, where several models have the same tensors."""
     adapter: Path | None = None
     """An adapter file that `samjax train` wrote for these weights."""
     point: UseAppendAction[tuple[str, ...]] = ()
@@ -54,6 +56,7 @@ class Predict:
             self.image,
             self.weights,
             self.out,
+            model=self.model,
             adapter=self.adapter,
             points=[numbers(text, "--point", ("X", "Y", "LABEL")) for text in self.point],
             boxes=[numbers(text, "--box", ("X0", "Y0", "X1", "Y1")) for text in self.box],
