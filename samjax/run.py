@@ -177,8 +177,8 @@ def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[
         out.mkdir(parents=True, exist_ok=True)
     with run_lock(out):
         _check_folder(config, out, resume)  # another run may have come and gone since
+        _write_json(out / "config.json", config.to_json())  # first: it makes this a run folder
         _write_json(out / "inputs.json", inputs)
-        _write_json(out / "config.json", config.to_json())
         return _train(config, out, spec, model, base, base_sha256, sources, console)
 
 

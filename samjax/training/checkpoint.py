@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Checkpoints:
 
         self._directory = directory.absolute()
         self._metric = metric
+        self._failed = False
         self._ocp = ocp.training.Checkpointer(
             self._directory,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -92,7 +94,9 @@ class Checkpoints:
 
     def close(self) -> None:
         """Releases what Orbax holds."""
-        self._ocp.close()
+        # After a save that failed, it raises the same once more.
+        with contextlib.suppress(*([Exception] if self._failed else [])):
+            self._ocp.close()
 
     @contextlib.contextmanager
     def _failures_of(self, step: int) -> Iterator[None]:
@@ -108,8 +112,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            for part in self._directory.glob(f"{step}.*"):
-                shutil.rmtree(part, ignore_errors=True)
+            self._failed = True
+            self._remove_parts(step)
             number = error_number(error)
             reason = str(error).splitlines()[0] if number is None else os.strerror(number)
             raise OSError(
@@ -119,6 +123,16 @@ class Checkpoints:
         finally:
             log.setLevel(level)
             sys.unraisablehook = hook
+
+    def _remove_parts(self, step: int) -> None:
+        """Removes what a failed save left. Its other writers go on for a moment after the first."""
+        for _ in range(20):
+            time.sleep(0.05)
+            parts = list(self._directory.glob(f"{step}.*"))
+            if not parts:
+                break
+            for part in parts:
+                shutil.rmtree(part, ignore_errors=True)
 
 
 class _NewestAndBest:

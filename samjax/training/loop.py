@@ -88,7 +88,8 @@ def fit(
         augment=config.augment,
     )
     # Copied, since the step donates its state and `base` must survive it.
-    state = init_state(jax.tree.map(jnp.copy, train_leaves), optimizer)
+    initial = jax.jit(lambda leaves: init_state(jax.tree.map(jnp.copy, leaves), optimizer))
+    state = initial(train_leaves)
     with (
         contextlib.closing(Checkpoints(out / "checkpoints", config.best_metric)) as checkpoints,
         progress_bar(console) as bar,
