@@ -4,6 +4,7 @@ import pytest
 
 from samjax.config import Config
 from samjax.data.prompts import PromptConfig
+from samjax.training.losses import LossConfig
 from samjax.training.step import OptimizerConfig
 
 
@@ -15,7 +16,12 @@ def test_evaluation_takes_the_heaviest_prompt_of_training():
 
 
 def test_survives_json():
-    config = Config(weights="w", prompts=PromptConfig(box=1.0), fractions=(0.5, 0.25, 0.25))
+    config = Config(
+        weights="w",
+        prompts=PromptConfig(box=1.0),
+        loss=LossConfig("structure", multimask=True),
+        fractions=(0.5, 0.25, 0.25),
+    )
     assert Config.from_json(config.to_json()) == config
     assert Config.from_json({"weights": "w"}) == Config(weights="w")  # as of an older samjax
 

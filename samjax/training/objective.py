@@ -26,13 +26,13 @@ def objective(
     """The loss of a batch, and its terms before their weights.
 
     `batch` is that of `samjax.training.step.make_train_step` with `key` (b,), a PRNG key for each
-    image's points; `rng` is that of stochastic adapters.
+    image's points; `rng` is that of stochastic adapters, None for none.
 
     The first round takes the batch's prompts. Each of `corrective_points` more adds a point where
     the last prediction is wrong, gives its logits as mask prompt and decodes again. The loss of
     mask 0 is the mean over all rounds; that of the three multimask outputs, where they are trained,
     is the first round's, since SAM has them for prompts that are ambiguous. Images are encoded
-    once, and the backward pass of a round decodes anew, so that memory does not grow with rounds.
+    once, and the backward pass of a round decodes anew, so that memory hardly grows with rounds.
     """
     frame, truth = batch["image"].shape[1:3], batch["mask"]
     valid = valid_pixels(batch["input_size"], frame, truth.shape[1:])
@@ -57,16 +57,16 @@ def objective(
             coords, labels, low_res = carry
             predicted = upsample(low_res, truth.shape[1:]) > MASK_THRESHOLD
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(batch["key"], index)
-            point, label = jax.vmap(
-                lambda *image: corrective_point(*image, frame),
-            )(keys, predicted, truth, valid)
-            coords, labels = put_point(coords, labels, first_slot + index, point, label)
-            key = jax.random.fold_in(rng, index)
+            points = jax.vmap(lambda *image: corrective_point(*image, frame))
+            new = points(keys, predicted, truth, valid)
+            coords, labels = put_point(coords, labels, first_slot + index, *new)
+            key = None if rng is None else jax.random.fold_in(rng, index)
             logits, iou = decode(Prompts(coords, labels, low_res), key)
             return (coords, labels, jax.lax.stop_gradient(logits[:, 0])), loss_of(logits, iou)
 
         start = (coords, labels, jax.lax.stop_gradient(logits[:, 0]))
-        # A scan compiles one decoder for all rounds; within it nothing can be shared by mistake.
+        # A scan compiles one decoder for all rounds, and needs no barriers that keep the compiler
+        # from undoing the recomputation.
         body = jax.checkpoint(correct, prevent_cse=False)
         _, later = jax.lax.scan(body, start, jnp.arange(corrective_points))
         loss, terms = jax.tree.map(
