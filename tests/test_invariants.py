@@ -142,6 +142,26 @@ def test_save_and_load_are_bit_equal(case, small_model, small_params, tmp_path):
         peft.load(tmp_path / "a.safetensors", small_model, other)
 
 
+def test_gradient_checkpointing_changes_nothing(case, small_model):
+    spec, variables = case
+    variables = disturb(variables)
+    trained, frozen = peft.partition(variables, peft.trainable(spec, small_model, variables))
+    inputs = batch()
+    outcomes = {}
+    for remat in ("none", "blocks"):
+        model = small_model.clone(remat=remat)
+        assert model.sites() == small_model.sites()
+
+        def loss(trained, frozen, model=model):
+            args = jnp.asarray(inputs["image"]), jnp.asarray(inputs["input_size"]), Prompts.none(2)
+            logits, iou = model.apply(peft.combine(trained, frozen), *args)
+            return jnp.mean(jnp.square(logits)) + iou.sum()
+
+        outcomes[remat] = jax.jit(jax.value_and_grad(loss))(trained, frozen)
+    for one, other in zip(*(jax.tree.leaves(o) for o in outcomes.values()), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * max(np.abs(one).max(), 1e-6))
+
+
 def test_bfloat16_stays_finite(case, small_model):
     spec, variables = case
     model = Sam(small_model.config, dtype=jnp.bfloat16)

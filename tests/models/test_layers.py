@@ -1,5 +1,7 @@
 """Single layers against definitions that are not ours: torch, lax, loops."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -271,6 +273,27 @@ def test_any_square_size_and_bfloat16(small_model, small_params):
         if dtype == jnp.float32:
             exact = logits
     assert np.abs(logits - exact).max() < 0.2 * exact.std()
+
+
+@pytest.mark.parametrize("encoder", [SMALL_VIT, TINY], ids=["vit", "tiny_vit"])
+def test_remat_keeps_what_enters_each_block_alone(small_config, encoder):
+    config = dataclasses.replace(small_config, image_encoder=encoder)
+
+    def kept(remat):
+        """Numbers that the backward pass of the encoder keeps from the forward pass."""
+        model = Sam(config, remat=remat)
+
+        def residuals(params, x):
+            encode = lambda p: model.apply({"params": p}, x, method="encode_normalized")  # noqa: E731
+            return jax.vjp(encode, params)[1]
+
+        params = model.init_params_shapes()
+        x = jax.ShapeDtypeStruct((1, *config.frame.shape, 3), jnp.float32)
+        # Parameters are there in either case.
+        leaves = jax.tree.leaves(jax.eval_shape(residuals, params, x))
+        return sum(leaf.size for leaf in leaves) - sum(p.size for p in jax.tree.leaves(params))
+
+    assert kept("blocks") < kept("none") / 4
 
 
 def test_image_size_must_fit_the_patch():
