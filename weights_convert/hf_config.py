@@ -13,6 +13,9 @@ _LOG = logging.getLogger("samjax")
 # Where samjax leaves its own config; transformers carries keys along that it does not know.
 OWN_KEY = "samjax_model"
 _PARTS = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
+# Written, but not checked: some versions leave the types of parts empty, and of the decoder's
+# epsilon see below.
+_FREE = {(part, "model_type") for part in _PARTS} | {("mask_decoder_config", "layer_norm_eps")}
 
 
 def check_supported(config: SamConfig) -> None:
@@ -106,7 +109,7 @@ def check_model_config(record: dict[str, Any], config: SamConfig) -> None:
             continue  # all defaults, which are those of ViT-B
         for key, ours in expected[part].items():
             value = theirs.get(key, ours)
-            if value != ours and (part, key) != ("mask_decoder_config", "layer_norm_eps"):
+            if value != ours and (part, key) not in _FREE:
                 raise CheckpointError(
                     f"its config.json says {part}.{key} = {shown(value)} where {config.name} has "
                     f"{ours}; samjax reads SAM's own architectures"

@@ -203,7 +203,7 @@ def test_there_and_back_is_bit_equal(transformers, tmp_path, small_config, small
     config, again = read_weights(tmp_path / "hf")
     assert config == small_config
     assert_same_params(again, params)
-    model = transformers.SamModel.from_pretrained(tmp_path / "hf")
+    model = transformers.SamModel.from_pretrained(tmp_path / "hf", dtype="auto")
     assert str(model.dtype) == f"torch.{dtype}"
     assert sorted(os.listdir(tmp_path)) == ["hf"]
     assert sorted(os.listdir(tmp_path / "hf")) == [
@@ -269,7 +269,7 @@ def test_shards_that_are_damaged(known, transformers, tmp_path, foreign):
     refused(None, "damaged")
     refused({}, "does not name files")
     refused({"a": "none.safetensors"}, "lacks none.safetensors", FileNotFoundError)
-    refused({"a": first}, "no SAM checkpoint: its 1 tensors")
+    refused({"a": first}, r"no SAM checkpoint: its \d tensors")
     safetensors.numpy.save_file(
         read_tensors(tmp_path / "shards" / first), tmp_path / "shards" / "b.safetensors"
     )
