@@ -1,16 +1,18 @@
 """Metrics against NumPy and pycocotools, and the padded evaluation against the plain one."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from samjax.data.pipeline import eval_batches
-from samjax.preprocess import Frame
 from samjax.data.sources import Sample
 from samjax.evaluation import evaluate as evaluate_module
 from samjax.evaluation.evaluate import Evaluation, evaluate
 from samjax.evaluation.metrics import overlap
 from samjax.predictor import SamPredictor
+from samjax.preprocess import Frame
 
 RNG = np.random.default_rng(0)
 
@@ -55,14 +57,27 @@ class Images:
         return Sample(f"image{i}", rng.integers(0, 255, (height, width, 3), np.uint8), mask)
 
 
-@pytest.mark.parametrize("prompt", ["none", "box"])
-def test_batched_evaluation_is_one_by_one_prediction(small_model, small_params, prompt, tmp_path):
+@pytest.mark.parametrize(
+    ("prompt", "frame"),
+    [
+        ("none", Frame(128, 128)),
+        ("box", Frame(128, 128)),
+        ("box", Frame(96, 160)),
+        ("box", Frame(160, 96, "stretch")),
+    ],
+    ids=str,
+)
+def test_batched_evaluation_is_one_by_one_prediction(
+    small_model, small_params, prompt, frame, tmp_path
+):
+    config = dataclasses.replace(small_model.config, image_size=frame.shape, resize=frame.resize)
+    small_model = small_model.clone(config=config)
     source = Images()
-    batches = eval_batches(source, frame=Frame(128, 128), batch_size=2, prompts_for=prompt)
+    batches = eval_batches(source, frame=frame, batch_size=2, prompts_for=prompt)
     result = evaluate(small_model, {"params": small_params}, batches)
     assert result.names == tuple(f"image{i}" for i in range(5))
     compiled = evaluate_module._predict._cache_size()
-    batches = eval_batches(source, frame=Frame(128, 128), batch_size=2, prompts_for=prompt)
+    batches = eval_batches(source, frame=frame, batch_size=2, prompts_for=prompt)
     again = evaluate(small_model, {"params": small_params}, batches)
     assert evaluate_module._predict._cache_size() == compiled  # one program for all sizes
     np.testing.assert_array_equal(again.per_image["dice"], result.per_image["dice"])
