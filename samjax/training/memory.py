@@ -3,7 +3,9 @@
 The step's own jaxpr is walked in order: an array lives from the equation that makes it to the last
 one that reads it. Activations kept for the backward pass, what rematerialisation and accumulation
 save of them, and the chunks of attention are thus counted as the step has them. The compiler fuses
-some arrays away and needs room for others; on CPU, its own count is within a factor of 1.5.
+some arrays away and needs room for others: on CPU, its own count of a step in float32 is between
+0.7 and 1.4 times this one (MobileSAM and ViT-B at 1024 px: 1.35 and 1.20). There, however,
+rematerialisation saves next to nothing, since what is to be computed late is computed early.
 """
 
 from __future__ import annotations
@@ -18,8 +20,6 @@ from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
-
-ADVICE = "raise --accumulate, pass --remat blocks, or lower --batch-size or --image-size"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +120,12 @@ def available_bytes(device: jax.Device) -> int | None:
     return min(limits)
 
 
+def advice() -> str:
+    """What makes a step smaller."""
+    remat = "" if jax.default_backend() == "cpu" else "pass --remat blocks, "
+    return f"raise --accumulate, {remat}or lower --batch-size or --image-size"
+
+
 @contextlib.contextmanager
 def exhaustion() -> Iterator[None]:
     """Says in one sentence that memory ran out, and what to do. Raises RuntimeError."""
@@ -128,7 +134,7 @@ def exhaustion() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise RuntimeError(f"a step does not fit into memory: {ADVICE}") from error
+        raise RuntimeError(f"a step does not fit into memory: {advice()}") from error
 
 
 def gigabytes(count: int) -> str:
