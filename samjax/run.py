@@ -16,10 +16,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,7 +31,7 @@ from samjax.data.pipeline import eval_batches
 from samjax.data.sources import Dataset, Source, is_tfds, open_source
 from samjax.evaluation.evaluate import Evaluation, evaluate
 from samjax.evaluation.gallery import draw_gallery
-from samjax.files import write_beside, writing
+from samjax.files import check_writable, write_beside, writing
 from samjax.hashes import params_sha256
 from samjax.loading import load, load_adapted
 from samjax.lock import check_free, run_lock
@@ -115,18 +114,20 @@ def _evaluate_with_bar(
         return evaluate_source(config, model, variables, source, advance)
 
 
-def evaluate_run(
-    run: Path, split: str, eval_prompt: Literal["none", "box", "point"] | None, console: Console
-) -> Evaluation:
-    """Evaluates a finished run's model on one split of its data.
+def finished_run_config(run: Path, **changes: str | None) -> Config:
+    """The config of a finished run, with those of `changes` (by field) that are not None.
 
-    `eval_prompt` takes the place of the run's own where it is given.
+    Raises ValueError where there is no run, FileNotFoundError where it is not finished.
     """
     config = read_run_config(run)
     if not (run / ADAPTER).is_file():
         raise FileNotFoundError(f"{run} is not finished; go on with `samjax train` and --resume")
-    if eval_prompt is not None:
-        config = dataclasses.replace(config, eval_prompt=eval_prompt)
+    given = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(config, **given)
+
+
+def evaluate_run(run: Path, config: Config, split: str, console: Console) -> Evaluation:
+    """Evaluates a finished run's model on one split of its data; see `finished_run_config`."""
     return _evaluate(config, split, console, run / ADAPTER)
 
 
@@ -137,6 +138,7 @@ def evaluate_weights(config: Config, split: str, console: Console) -> Evaluation
 
 def _evaluate(config: Config, split: str, console: Console, adapter: Path | None) -> Evaluation:
     source = open_data(config, split, console)
+    source.check_sizes()
     model, variables = open_model(config, adapter)
     return _evaluate_with_bar(config, model, variables, source, console, f"evaluating {split}")
 
@@ -295,12 +297,7 @@ def check_out(config: Config, out: Path, resume: bool) -> None:
         raise FileExistsError(f"{out} is a file; choose a folder with --out")
     check_free(out)
     _check_folder(config, out, resume)
-    place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        raise PermissionError(
-            f"{out} cannot be written, since {place} is no folder that you may write; choose "
-            "another one with --out"
-        )
+    check_writable(out)
 
 
 def _check_folder(config: Config, out: Path, resume: bool) -> None:

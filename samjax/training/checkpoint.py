@@ -94,35 +94,28 @@ class Checkpoints:
 
     def close(self) -> None:
         """Releases what Orbax holds."""
-        # After a save that failed, it raises the same once more.
-        with contextlib.suppress(*([Exception] if self._failed else [])):
+        if not self._failed:
+            self._ocp.close()
+            return
+        with _silence(), contextlib.suppress(Exception):  # it raises the same once more
             self._ocp.close()
 
     @contextlib.contextmanager
     def _failures_of(self, step: int) -> Iterator[None]:
-        """Turns what Orbax raises, of many types, into one sentence, and leaves no half of a save.
-
-        Its threads also log what they raise, with tracebacks, and TensorStore's answer to event
-        loops that the first error has closed: they say nothing that is not said here.
-        """
-        log, hook = logging.getLogger("absl"), sys.unraisablehook
-        level = log.level
-        log.setLevel(logging.CRITICAL)
-        sys.unraisablehook = lambda unraisable: None
-        try:
-            yield
-        except Exception as error:
-            self._failed = True
-            self._remove_parts(step)
-            number = error_number(error)
-            reason = str(error).splitlines()[0] if number is None else os.strerror(number)
-            raise OSError(
-                f"the checkpoint of step {step} cannot be written to {self._directory} ({reason}): "
-                "free space there, or make it writable, and go on with --resume from the one before"
-            ) from error
-        finally:
-            log.setLevel(level)
-            sys.unraisablehook = hook
+        """Turns what Orbax raises, of many types, into one sentence; leaves no half of a save."""
+        with _silence():
+            try:
+                yield
+            except Exception as error:
+                self._failed = True
+                self._remove_parts(step)
+                number = error_number(error)
+                reason = str(error).splitlines()[0] if number is None else os.strerror(number)
+                raise OSError(
+                    f"the checkpoint of step {step} cannot be written to {self._directory} "
+                    f"({reason}): free space there, or make it writable, and go on with --resume "
+                    "from the one before"
+                ) from error
 
     def _remove_parts(self, step: int) -> None:
         """Removes what a failed save left. Its other writers go on for a moment after the first."""
@@ -133,6 +126,22 @@ class Checkpoints:
                 break
             for part in parts:
                 shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Leaves only what is raised: Orbax's threads log it too, each with a traceback, and
+    TensorStore complains of event loops that the first error has closed.
+    """
+    log, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        sys.unraisablehook = hook
 
 
 class _NewestAndBest:

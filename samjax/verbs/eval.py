@@ -12,6 +12,7 @@ from rich.console import Console
 
 from samjax.arguments import Outcome, parse
 from samjax.config import Config
+from samjax.files import check_parent
 from samjax.verbs.experiment import open_experiment
 
 
@@ -26,8 +27,12 @@ class EvalRun:
     """Which part of the data."""
     eval_prompt: Literal["none", "box", "point"] | None = None
     """No prompt, the truth's box or its most central point; left out, as in the run."""
+    weights: str | None = None
+    """Where the run's weights are now; left out, where they were."""
+    data: str | None = None
+    """Where the data is now; left out, where it was."""
     csv: Path | None = None
-    """Where the metrics of each image go; left out, RUN/eval_SPLIT.csv."""
+    """Where the metrics of each image go; left out, RUN/eval_SPLIT_PROMPT.csv."""
     json: bool = False
     """Print one JSON object, on one line, last on stdout."""
 
@@ -50,21 +55,25 @@ class EvalExperiment:
 
 def run(argv: list[str], console: Console) -> Outcome:
     """Reads the run or the experiment and the arguments, and runs the verb."""
-    from samjax.run import evaluate_run, evaluate_weights
+    from samjax.run import evaluate_run, evaluate_weights, finished_run_config
 
     target = Path(argv[0]) if argv else Path()
     if argv and target.is_dir():
         args = parse(EvalRun, argv[1:], "samjax eval RUN", None, None)
-        csv = args.csv or target / f"eval_{args.split}.csv"
-        _check_parent(csv)
-        result = evaluate_run(target, args.split, args.eval_prompt, console)
+        config = finished_run_config(
+            target, eval_prompt=args.eval_prompt, weights=args.weights, data=args.data
+        )
+        csv = args.csv or target / f"eval_{args.split}_{config.evaluation_prompt}.csv"
+        _check_csv(csv)
+        result = evaluate_run(target, config, args.split, console)
     else:
         experiment = open_experiment(argv, "eval", inspect.getdoc(EvalRun) or "")
         default = EvalExperiment(config=experiment.config)
         prog = "samjax eval EXPERIMENT.py"
         args = parse(EvalExperiment, argv[1:], prog, default, experiment.doc)
         csv = args.csv
-        _check_parent(csv)
+        if csv is not None:
+            _check_csv(csv)
         experiment.prepare(args.config, console)
         result = evaluate_weights(args.config, args.split, console)
     if csv is not None:
@@ -73,7 +82,8 @@ def run(argv: list[str], console: Console) -> Outcome:
     return summary, args.json
 
 
-def _check_parent(file: Path | None) -> None:
-    """Raises, before any work, where a file could not be written."""
-    if file is not None and not file.parent.is_dir():
-        raise FileNotFoundError(f"there is no directory {file.parent} to write into; create it")
+def _check_csv(csv: Path) -> None:
+    """Raises, before any work, where the metrics could not be written."""
+    if csv.is_dir():
+        raise IsADirectoryError(f"{csv} is a folder; choose a file with --csv")
+    check_parent(csv)

@@ -58,6 +58,38 @@ def test_resume_refuses_other_images(experiment, whole, command, tmp_path, capsy
     assert "weights changed since it started" in capsys.readouterr().err
 
 
+def test_validations_need_a_split(experiment, command, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(experiment.parent / "data", data)
+    shutil.rmtree(data / "validation")
+    assert main(command(experiment, tmp_path / "run", "--data", str(data))[3:]) == 1
+    error = capsys.readouterr().err
+    assert "has no split 'validation'" in error and "validate_every needs this split" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_in_mid_run(experiment, whole, command, tmp_path):
+    """One sentence, nothing half-written, and the same end once there is room."""
+    out = tmp_path / "run"
+
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+
+    pipe = subprocess.PIPE
+    full = subprocess.run(
+        command(experiment, out), preexec_fn=fill, stdout=pipe, stderr=pipe, text=True
+    )
+    assert full.returncode == 1 and not full.stdout and "Traceback" not in full.stderr
+    last = full.stderr.splitlines()[-1]
+    assert last.startswith("samjax: the checkpoint of step 4 cannot be written to")
+    assert "(File too large): free space there" in last
+    assert not list((out / "checkpoints").iterdir())
+    subprocess.run(command(experiment, out, "--resume"), check=True, capture_output=True)
+    for name in ("adapter.safetensors", "eval_after.csv"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
 def test_a_cut_log_line_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
