@@ -6,6 +6,7 @@ JSON object. An error is one sentence on stderr and an exit code other than 0.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 import os
@@ -55,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     verb, *rest = arguments
     if verb not in _VERBS:
-        return _fail(f"unknown verb {verb!r}; samjax has {', '.join(_VERBS)}")
+        nearest = difflib.get_close_matches(verb, _VERBS, n=1, cutoff=0)[0]
+        return _fail(
+            f"unknown verb {verb!r}; the nearest is {nearest}, and samjax has {', '.join(_VERBS)}"
+        )
     try:
         with notices_on(console):
             module = importlib.import_module(f"samjax.verbs.{verb.replace('-', '_')}")

@@ -45,6 +45,44 @@ def write_beside(destination: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Makes a folder, with its parents; on an error, those that were not there are gone again."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):  # it holds what others have put there
+                path.rmdir()
+        raise
+
+
+def check_parent(path: Path) -> None:
+    """Raises, before any work, where nothing could be written at `path`.
+
+    FileNotFoundError where its parent does not exist, PermissionError where that is a file or
+    read-only.
+    """
+    if not os.path.exists(path.parent):
+        raise FileNotFoundError(f"there is no directory {path.parent} to write into; create it")
+    check_writable(path.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises PermissionError where a folder is read-only, or could not be made where it is not."""
+    # Not Path.exists, which raises where a parent cannot be looked into.
+    places = (folder.absolute(), *folder.absolute().parents)
+    place = next(path for path in places if os.path.exists(path))
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise PermissionError(
+            f"{folder} cannot be written, since {place} is no folder that you may write; choose "
+            "another one"
+        )
+
+
+@contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Says in one sentence which path the disk refuses, why, and what to do.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ from PIL import Image
 from rich.console import Console
 
 from samjax.data.images import read_image, read_mask
-from samjax.files import write_beside
+from samjax.files import check_writable, made_folder, write_beside
 from samjax.loading import load, load_adapted
 from samjax.models import ImageSize
 from samjax.predictor import SamPredictor
 from samjax.prompting import Prompt, check_prompt
-from samjax.viz import overlay, save_png
+from samjax.viz import overlay
 
 
 def predict_files(
@@ -36,12 +37,14 @@ def predict_files(
 ) -> dict[str, Any]:
     """Writes mask_PROMPT_MASK.png, overlay.png and, on request, logits.npz into `out`.
 
-    Raises FileNotFoundError, or ValueError with one sentence, before anything is written.
+    All are written or none. Raises OSError or ValueError with one sentence.
     """
-    if not image_path.is_file():
-        raise FileNotFoundError(f"no image file at {image_path}")
+    _check_file(image_path, "image")
+    if mask is not None:
+        _check_file(mask, "mask")
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; choose a folder with --out")
+    check_writable(out)
     image = read_image(image_path)
     size = (image.shape[0], image.shape[1])
     prompts = _prompts(points, boxes, mask, size)
@@ -52,33 +55,52 @@ def predict_files(
     predictor.set_image(image)
     masks, iou, low_res = predictor.predict_prompts(prompts, multimask)
 
-    out.mkdir(parents=True, exist_ok=True)
-    files = []
-    for i, prompt_masks in enumerate(masks):
-        for j, mask in enumerate(prompt_masks):
-            files.append(str(out / f"mask_{i}_{j}.png"))
-            save_png(Image.fromarray(mask.astype(np.uint8) * 255), Path(files[-1]))
-            if not mask.any():
-                console.print(f"note: {files[-1]} is empty")
-    picture = image
-    for prompt_masks, scores in zip(masks, iou, strict=True):
-        picture = overlay(picture, prompt_masks[int(np.argmax(scores))])
-    save_png(Image.fromarray(picture), out / "overlay.png")
+    images = {
+        f"mask_{i}_{j}.png": mask.astype(np.uint8) * 255
+        for i, prompt_masks in enumerate(masks)
+        for j, mask in enumerate(prompt_masks)
+    }
     result: dict[str, Any] = {
-        "masks": files,
+        "masks": [str(out / name) for name in images],
         "iou_predictions": [[float(v) for v in row] for row in iou],
         "overlay": str(out / "overlay.png"),
     }
+    for name, pixels in images.items():
+        if not pixels.any():
+            console.print(f"note: {out / name} is empty")
+    images["overlay.png"] = image
+    for prompt_masks, scores in zip(masks, iou, strict=True):
+        best = prompt_masks[int(np.argmax(scores))]
+        images["overlay.png"] = overlay(images["overlay.png"], best)
+    arrays: dict[str, np.ndarray] = {}
     if save_logits:
         result["logits"] = str(out / "logits.npz")
-        with write_beside(out / "logits.npz") as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(
-                file,
-                low_res_logits=low_res,
-                iou_predictions=iou,
-                image_embeddings=predictor.get_image_embedding(),
-            )
+        arrays = {
+            "low_res_logits": low_res,
+            "iou_predictions": iou,
+            "image_embeddings": predictor.get_image_embedding(),
+        }
+    _write(out, images, arrays)
     return result
+
+
+def _write(out: Path, images: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> None:
+    """Writes PNGs by their names and, where there are arrays, logits.npz: all of them or none."""
+    with made_folder(out), contextlib.ExitStack() as stack:
+        for name, pixels in images.items():
+            temporary = stack.enter_context(write_beside(out / name))
+            Image.fromarray(pixels).save(temporary, format="PNG")
+        if arrays:
+            temporary = stack.enter_context(write_beside(out / "logits.npz"))
+            with open(temporary, "wb") as file:
+                np.savez_compressed(file, **arrays)
+
+
+def _check_file(path: Path, what: str) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the file of the {what}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no {what} file at {path}")
 
 
 def open_predictor(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from samjax.catalog import resolve
-from samjax.files import write_beside
+from samjax.files import check_parent, write_beside
 from samjax.foreign import contradiction, read_foreign, write_huggingface, write_meta
 from samjax.hashes import file_sha256, is_sealed, params_sha256, sealed
 from samjax.models import SamConfig
@@ -79,7 +79,7 @@ def check_destination(dst: PathLike, to: str, config: SamConfig | None = None) -
     """Raises, before any work, where `write_weights` could not write.
 
     ValueError for an unknown format, a wrong suffix or, with `config`, a model that the format
-    cannot hold; FileExistsError where `dst` exists, FileNotFoundError where its parent does not.
+    cannot hold; FileExistsError where `dst` exists; and as `samjax.files.check_parent`.
     """
     dst = Path(dst)
     if to not in FORMATS:
@@ -94,7 +94,7 @@ def check_destination(dst: PathLike, to: str, config: SamConfig | None = None) -
 def save_checkpoint(path: PathLike, config: SamConfig, params: Params) -> None:
     """Writes a samjax checkpoint, whole or not at all.
 
-    Raises FileExistsError where `path` exists, FileNotFoundError where its parent does not.
+    Raises FileExistsError where `path` exists, and as `samjax.files.check_parent`.
     """
     path = Path(path)
     _check_free(path)
@@ -125,11 +125,11 @@ def load_checkpoint(path: PathLike) -> tuple[SamConfig, Params]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}; check the path")
-    config, record = _read_config(path)
+    config, files, params_hash = _read_config(path)
     if not (path / _PARAMS).is_dir():
         raise FileNotFoundError(f"{path} lacks its {_PARAMS}/ directory; copy the whole checkpoint")
     # Before Orbax sees them: what it does with damaged files has loose ends (tasks, threads, logs).
-    for name, digest in record["files"].items():
+    for name, digest in files.items():
         if not (path / name).is_file() or file_sha256(path / name) != digest:
             raise CheckpointError(
                 f"{path / name} is not the file that was written: it is damaged, or the "
@@ -138,7 +138,7 @@ def load_checkpoint(path: PathLike) -> tuple[SamConfig, Params]:
     with told(f"{path / _PARAMS}"):
         params = _checkpointer().restore(os.path.abspath(path / _PARAMS))
         restored = params_sha256(params)
-    if restored != record["params_sha256"]:
+    if restored != params_hash:
         raise CheckpointError(
             f"Orbax restored other parameters from {path} than were saved (hash {restored[:12]}); "
             "install the version of orbax-checkpoint that samjax asks for"
@@ -146,8 +146,8 @@ def load_checkpoint(path: PathLike) -> tuple[SamConfig, Params]:
     return config, params
 
 
-def _read_config(path: Path) -> tuple[SamConfig, dict[str, Any]]:
-    """The model's config and the whole record of `config.json`, checked against its own hash."""
+def _read_config(path: Path) -> tuple[SamConfig, dict[str, str], str]:
+    """The model's config, the hash of each file and that of the parameters, out of `config.json`."""
     file = path / _CONFIG
     if not file.is_file():
         raise CheckpointError(
@@ -173,7 +173,8 @@ def _read_config(path: Path) -> tuple[SamConfig, dict[str, Any]]:
                 f"{file} was changed after it was written (its hash does not match); copy the "
                 "whole checkpoint again"
             )
-        return SamConfig.from_json(record["model"]), record
+        config = SamConfig.from_json(record["model"])
+        return config, dict(record["files"]), str(record["params_sha256"])
 
 
 def _checkpointer() -> Any:
@@ -192,5 +193,4 @@ def _map(function: Any, tree: Any) -> Any:
 def _check_free(path: Path) -> None:
     if path.exists() or path.is_symlink():
         raise FileExistsError(f"{path} exists already; delete it or choose another name")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no directory {path.parent} to write into; create it")
+    check_parent(path)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int, Shaped, UInt8
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 
@@ -140,9 +140,16 @@ def _decoding(file: ImageFile) -> Iterator[None]:
         yield
     except Exception as error:
         raise ValueError(
-            f"{file} cannot be decoded as an image ({type(error).__name__}: {error}): "
-            "replace it, or, in a dataset, remove it with its partner"
+            f"{file} cannot be decoded as an image ({_reason(file, error)}): replace it, or, in a "
+            "dataset, remove it with its partner"
         ) from error
+
+
+def _reason(file: ImageFile, error: Exception) -> str:
+    if not isinstance(error, UnidentifiedImageError):
+        return f"{type(error).__name__}: {error}"
+    size = file.getbuffer().nbytes if isinstance(file, EncodedImage) else file.stat().st_size
+    return "it is in no format that Pillow knows" if size else "it is empty"
 
 
 def _sixteen_to_eight_bits(
