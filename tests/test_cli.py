@@ -365,7 +365,9 @@ def test_a_finished_run_is_not_trained_again(files, trained):
 def test_eval_of_a_run(files, trained, tmp_path):
     result = call("eval", files / "run", "--json")
     assert result.out.count("\n") == 1
-    assert result.json["images"] == 3 and result.json["csv"] == str(files / "run/eval_test_none.csv")
+    assert result.json["images"] == 3 and result.json["csv"] == str(
+        files / "run/eval_test_none.csv"
+    )
     after = (files / "run/eval_after.csv").read_text().splitlines()
     rows = (files / "run/eval_test_none.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == [row.split(",")[0] for row in after]
