@@ -86,11 +86,12 @@ def check_writable(folder: Path) -> None:
 def writing(path: Path) -> Iterator[None]:
     """Says in one sentence which path the disk refuses, why, and what to do.
 
-    Errors of other kinds, and those of files elsewhere that the body reads, pass as they are.
+    TensorStore's errors are ValueErrors. Errors of other kinds, and those of files elsewhere that
+    the body reads, pass as they are.
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         number = error_number(error)
         name = getattr(error, "filename", None)
         if number not in _REFUSALS or (name is not None and not _is_near(Path(name), path)):

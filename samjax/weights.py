@@ -19,6 +19,7 @@ from samjax.files import check_parent, write_beside
 from samjax.foreign import contradiction, read_foreign, write_huggingface, write_meta
 from samjax.hashes import file_sha256, is_sealed, params_sha256, sealed
 from samjax.models import SamConfig
+from samjax.orbax_saves import clean_save
 from weights_convert import CheckpointError
 from weights_convert.errors import told
 from weights_convert.hf_config import check_supported
@@ -108,7 +109,8 @@ def save_checkpoint(path: PathLike, config: SamConfig, params: Params) -> None:
     }
     with write_beside(path) as partial:
         partial.mkdir()
-        _checkpointer().save(os.path.abspath(partial / _PARAMS), params)
+        with clean_save(lambda: [partial] if partial.exists() else []):
+            _checkpointer().save(os.path.abspath(partial / _PARAMS), params)
         files = sorted(file for file in (partial / _PARAMS).rglob("*") if file.is_file())
         record["files"] = {
             file.relative_to(partial).as_posix(): file_sha256(file) for file in files
@@ -147,7 +149,7 @@ def load_checkpoint(path: PathLike) -> tuple[SamConfig, Params]:
 
 
 def _read_config(path: Path) -> tuple[SamConfig, dict[str, str], str]:
-    """The model's config, the hash of each file and that of the parameters, out of `config.json`."""
+    """Out of `config.json`: the model's config, the hash of each file and of the parameters."""
     file = path / _CONFIG
     if not file.is_file():
         raise CheckpointError(
@@ -174,7 +176,8 @@ def _read_config(path: Path) -> tuple[SamConfig, dict[str, str], str]:
                 "whole checkpoint again"
             )
         config = SamConfig.from_json(record["model"])
-        return config, dict(record["files"]), str(record["params_sha256"])
+        files = {str(name): str(digest) for name, digest in record["files"].items()}
+        return config, files, str(record["params_sha256"])
 
 
 def _checkpointer() -> Any:

@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
-import shutil
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +16,7 @@ import jax
 import numpy as np
 
 from samjax.files import error_number
+from samjax.orbax_saves import clean_save, silence
 from samjax.training.step import TrainState
 
 _NEWEST = 2
@@ -97,51 +94,23 @@ class Checkpoints:
         if not self._failed:
             self._ocp.close()
             return
-        with _silence(), contextlib.suppress(Exception):  # it raises the same once more
+        with silence(), contextlib.suppress(Exception):  # it raises the same once more
             self._ocp.close()
 
     @contextlib.contextmanager
     def _failures_of(self, step: int) -> Iterator[None]:
         """Turns what Orbax raises, of many types, into one sentence; leaves no half of a save."""
-        with _silence():
-            try:
+        try:
+            with clean_save(lambda: list(self._directory.glob(f"{step}.*"))):
                 yield
-            except Exception as error:
-                self._failed = True
-                self._remove_parts(step)
-                number = error_number(error)
-                reason = str(error).splitlines()[0] if number is None else os.strerror(number)
-                raise OSError(
-                    f"the checkpoint of step {step} cannot be written to {self._directory} "
-                    f"({reason}): free space there, or make it writable, and go on with --resume "
-                    "from the one before"
-                ) from error
-
-    def _remove_parts(self, step: int) -> None:
-        """Removes what a failed save left. Its other writers go on for a moment after the first."""
-        for _ in range(20):
-            time.sleep(0.05)
-            parts = list(self._directory.glob(f"{step}.*"))
-            if not parts:
-                break
-            for part in parts:
-                shutil.rmtree(part, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Leaves only what is raised: Orbax's threads log it too, each with a traceback, and
-    TensorStore complains of event loops that the first error has closed.
-    """
-    log, hook = logging.getLogger("absl"), sys.unraisablehook
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda unraisable: None
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-        sys.unraisablehook = hook
+        except Exception as error:
+            self._failed = True
+            number = error_number(error)
+            reason = str(error).splitlines()[0] if number is None else os.strerror(number)
+            raise OSError(
+                f"the checkpoint of step {step} cannot be written to {self._directory} ({reason}): "
+                "free space there, or make it writable, and go on with --resume from the one before"
+            ) from error
 
 
 class _NewestAndBest:

@@ -1,0 +1,47 @@
+"""What Orbax does where a save fails: it talks, and what it has begun goes on for a moment."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def clean_save(parts: Callable[[], Sequence[Path]]) -> Iterator[None]:
+    """The body saves through Orbax; where that raises, nothing is printed and no part is left.
+
+    `parts()` are the folders that there are of an unfinished save.
+    """
+    with silence():
+        try:
+            yield
+        except Exception:
+            for _ in range(20):
+                time.sleep(0.05)  # its other writers go on after the first has failed
+                found = parts()
+                if not found:
+                    break
+                for part in found:
+                    shutil.rmtree(part, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Leaves only what is raised: Orbax's threads log it too, each with a traceback, and
+    TensorStore complains of event loops that the first error has closed.
+    """
+    log, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        sys.unraisablehook = hook
