@@ -17,7 +17,7 @@ import safetensors.numpy
 from samjax.files import write_beside
 from samjax.hashes import file_sha256, is_sealed, params_sha256, sealed
 from samjax.models.configs import MODELS, SamConfig
-from weights_convert import CheckpointError, from_params, recognise, to_params
+from weights_convert import CheckpointError, expected_shapes, from_params, recognise, to_params
 from weights_convert.errors import shown, told
 from weights_convert.hf_config import (
     OWN_KEY,
@@ -123,13 +123,20 @@ def _recorded(files: list[Path], tensors: dict[str, np.ndarray]) -> SamConfig | 
                 f"{files[0]} was changed after samjax wrote it (its hash does not match); copy or "
                 "convert it again"
             )
-        return SamConfig.from_json(record["model"])
+        return _config(record["model"])
+
+
+def _config(data: Any) -> SamConfig:
+    """A config of which a model can be built; whatever that raises is the caller's."""
+    config = SamConfig.from_json(data)
+    expected_shapes(config)
+    return config
 
 
 def _agreeing(path: Path, config: SamConfig | None, model: Any) -> SamConfig:
     """The config in a folder's `config.json`, equal to that in the header where there is one."""
     with told(str(path / CONFIG)):
-        own = SamConfig.from_json(model)
+        own = _config(model)
     if config is not None and config != own:
         raise CheckpointError(
             f"{path / CONFIG} says that the model is {shown(own.name)} at {own.image_size} px and "

@@ -7,7 +7,8 @@ that a checkpoint is never run with another model's preprocessing.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+import math
+from typing import Any, Literal, get_args
 
 from samjax.preprocess import Frame, Resize
 
@@ -132,17 +133,58 @@ class SamConfig:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> SamConfig:
-        """The inverse of `to_json`. Raises ValueError on unknown or missing fields."""
+        """The inverse of `to_json`.
+
+        Raises ValueError on unknown or missing fields, and on values that no model has: a file may
+        claim anything, and a depth of a billion would take forever to build.
+        """
         try:
             encoder = dict(data["image_encoder"])
             cls = {"vit": VitConfig, "tiny_vit": TinyVitConfig}[encoder["kind"]]
-            return SamConfig(**_tuples({**data, "image_encoder": cls(**_tuples(encoder))}))
+            encoder = _checked(cls(**_tuples(encoder)))
+            return _checked(SamConfig(**_tuples({**data, "image_encoder": encoder})))
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a samjax model config: {error}") from None
 
 
 def _tuples(data: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "resize": get_args(Resize),
+    "normalization": ("pixel", "min_max"),
+}
+_PAIRS = ("image_size", "pretrain_grid")  # a side or two
+_MOST_LAYERS, _MOST = 256, 1 << 16
+
+
+def _checked(config: Any) -> Any:
+    """A dataclass as it is, its values of the defaults' types and within reason."""
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), field.default
+        if dataclasses.is_dataclass(default):
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        kind = type(default[0] if isinstance(default, tuple) else default)
+        fits = isinstance(value, tuple) == isinstance(default, tuple) or (
+            field.name in _PAIRS and len(values) == 2
+        )
+        if kind is int:
+            least = 0 if field.name == "global_attn_indexes" else 1
+            most = _MOST_LAYERS if "depth" in field.name else _MOST
+            fits = fits and all(type(x) is int and least <= x <= most for x in values)
+        elif kind is float:
+            fits = (
+                fits
+                and len(values) == 3
+                and all(type(x) in (int, float) and math.isfinite(x) for x in values)
+            )
+        else:
+            fits = fits and value in _CHOICES.get(field.name, (str(value),))
+        if not fits:
+            raise ValueError(f"not a samjax model config: {field.name} cannot be {value!r:.80}")
+    return config
 
 
 _VIT_L = VitConfig(embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23))

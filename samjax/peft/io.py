@@ -157,9 +157,14 @@ def apply(adapter: Adapter, model: Sam, params: Any, name: str = "the adapter") 
             f"{name} was trained on other weights (sha256 {adapter.base_sha256[:12]}…, these are "
             f"{base[:12]}…); pass the weights that it was trained on"
         )
-    shapes = jax.eval_shape(lambda p: attach(adapter.spec, model, p, jax.random.key(0)), params)
+    try:
+        shapes = jax.eval_shape(lambda p: attach(adapter.spec, model, p, jax.random.key(0)), params)
+        mask = trainable(adapter.spec, model, {"params": params, "peft": shapes})["params"]
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"{name} does not fit {model.config.name}: {shown(error, 200)}; train it again"
+        ) from None
     flat_params = {"/".join(k): v for k, v in flatten_dict(params).items()}
-    mask = trainable(adapter.spec, model, {"params": params, "peft": shapes})["params"]
     trained = {"/".join(k) for k, v in flatten_dict(mask).items() if v}
     expected = {f"params/{k}": flat_params[k] for k in trained}
     expected |= {f"peft/{k}": v for k, v in _flatten(shapes).items()}
