@@ -8,6 +8,7 @@ of one architecture differ in their preprocessing, by a known hash of the file o
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from weights_convert.huggingface import from_meta_names, has_their_names, to_met
 from weights_convert.positions import for_own_input
 from weights_convert.read import read_metadata
 
+_LOG = logging.getLogger("samjax")
 Params = dict[str, Any]  # nested; the leaves are arrays
 
 SCHEMA = 1
@@ -158,7 +160,13 @@ def write_huggingface(path: Path, config: SamConfig, params: Params) -> None:
 
     Raises ValueError, one sentence, where transformers has no such model.
     """
+    trained_at = config.image_encoder
     config, params = for_own_input(config, params)
+    if config.image_encoder != trained_at:
+        _LOG.info(
+            "position tables are resampled for an input of %s px: transformers does not do it",
+            config.frame,
+        )
     record = model_config(config)
     preprocessor = preprocessor_config(config)
     tensors = from_meta_names(from_params(params, config))

@@ -27,7 +27,7 @@ def test_parameters_are_float32_in_any_case(tmp_path, small_config, small_params
     assert jax.tree.structure(records) == jax.tree.structure(adapter)
 
 
-def test_an_adapter_brings_its_input_size(tmp_path, small_config, small_params):
+def test_an_adapter_brings_its_input_size(tmp_path, small_config, small_params, caplog):
     save_checkpoint(tmp_path / "w", small_config, small_params)
     model, params = samjax.load(tmp_path / "w", image_size=96)
     spec = MethodConfig().spec()
@@ -36,4 +36,8 @@ def test_an_adapter_brings_its_input_size(tmp_path, small_config, small_params):
     assert samjax.load(tmp_path / "w")[0].config.image_size == 128
     for given, size in ((None, 96), (64, 64)):
         files = tmp_path / "w", tmp_path / "a.safetensors"
-        assert samjax.load_adapted(*files, image_size=given)[0].config.image_size == size
+        with caplog.at_level("INFO", "samjax"):
+            assert samjax.load_adapted(*files, image_size=given)[0].config.image_size == size
+        said = caplog.messages.pop()
+        assert said.startswith(f"{tmp_path / 'a.safetensors'}: adapter at 2 sites, ")
+        assert said.endswith(" trained numbers, for small, trained at 96 px")
