@@ -32,16 +32,19 @@ def test_loops_count_as_often_as_they_turn():
 
 @pytest.mark.parametrize("kind", ["dense", "chunked"])
 def test_attention_in_chunks(kind):
-    batch, heads, height, width, dim = 2, 3, 32, 48, 8  # 512 queries are 10 rows: 8 divide 32
-    counted = count_flops(
-        lambda *args: attend_map(*args, kind),
-        *[shape(batch, heads, height, width, dim)] * 3,
-        shape(2 * height - 1, dim),
-        shape(2 * width - 1, dim),
-    )
+    batch, heads, height, width, dim = 2, 3, 32, 48, 8
+
+    def attention(*args):
+        return attend_map(*args, kind)
+
+    maps = [shape(batch, heads, height, width, dim)] * 3
+    args = (*maps, shape(2 * height - 1, dim), shape(2 * width - 1, dim))
+    assert ("scan" in str(jax.make_jaxpr(attention)(*args))) == (kind == "chunked")
     tokens = height * width
     scores_and_values = 2 * tokens * tokens
-    assert counted == 2 * batch * heads * dim * (scores_and_values + tokens * (height + width))
+    positions = tokens * (height + width)
+    counted = count_flops(attention, *args)
+    assert counted == 2 * batch * heads * dim * (scores_and_values + positions)
 
 
 def test_gradient_recomputes_a_checkpoint():
