@@ -13,9 +13,10 @@ import importlib.util
 import json
 import math
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 from rich.console import Console
@@ -97,6 +98,7 @@ class Config:
     gallery: int = 6
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         for name in (
             "batch_size",
             "accumulate",
@@ -159,6 +161,23 @@ class Config:
             return _rebuild(Config, data)
         except TypeError as error:
             raise ValueError(f"not a config of this samjax: {error}") from None
+
+
+def _check_choices(config: Config) -> None:
+    """Raises ValueError for a value that its setting does not have.
+
+    The command line checks flags; this is for experiment files and `config.json`.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        choices = [x for kind in kinds if get_origin(kind) is Literal for x in get_args(kind)]
+        value = getattr(config, name)
+        if choices and value not in choices and not (value is None and type(None) in kinds):
+            nearest = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"{name} must be one of {', '.join(choices)}, not {value!r}; the nearest is "
+                f"{nearest}"
+            )
 
 
 def _rebuild(cls: type, data: Any, inside: str = "") -> Any:

@@ -91,8 +91,17 @@ def _check_mask(
     array = np.asarray(mask_input)
     if array.dtype != bool and not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"mask_input must be bool or float logits, not {array.dtype}")
-    if not np.isfinite(array).all():
-        raise ValueError("mask_input must hold finite numbers")
+    if array.dtype != bool:
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            raise ValueError("mask_input must hold finite numbers")
+        if array.shape == original_size and (array >= 0).all():
+            # A mask of zeros and ones would be an object of every pixel, weakly.
+            raise ValueError(
+                "mask_input of the image's size holds no negative number: give a mask as bool, "
+                "mask > 0, or logits, which are negative on the background"
+            )
     if array.shape != original_size and (array.shape != (1, *low) or array.dtype == bool):
         raise ValueError(
             f"mask_input must have shape (1, {low[0]}, {low[1]}), low-resolution logits of an "

@@ -173,6 +173,8 @@ def test_what_is_refused_names_its_position(small_model, small_params, images):
         ([[Prompt(mask_input=np.zeros((9, 9)))], []], {}, r"prompts\[0\]\[0\]: mask_input must"),
         ([[Prompt(mask_input=np.zeros((100, 150), int))], []], {}, "bool or float logits, not int"),
         ([[Prompt(mask_input=np.full((100, 150), np.nan))], []], {}, "finite"),
+        ([[Prompt(mask_input=np.full((100, 150), 1e300))], []], {}, "finite"),
+        ([[Prompt(mask_input=np.eye(100, 150))], []], {}, "give a mask as bool"),
         ([[], []], {"images_per_batch": 0}, "images_per_batch must be at least 1"),
     ]
     for prompts, options, message in refused:

@@ -1,5 +1,8 @@
 """The run's dataclass."""
 
+import subprocess
+import sys
+
 import pytest
 
 from samjax.config import Config
@@ -38,6 +41,30 @@ def test_survives_json():
 def test_json_that_is_no_config(data, message):
     with pytest.raises(ValueError, match=message):
         Config.from_json(data)
+
+
+WRONG_CHOICES = (
+    ({"keep": "Best", "validate_every": 2}, "keep must be one of last, best, not 'Best'"),
+    ({"objects": "Each"}, "the nearest is each"),
+    ({"attention": "flash"}, "attention must be one of chunked, dense"),
+    ({"dtype": "bf16"}, "dtype must be one of float32, bfloat16"),
+    ({"remat": "block"}, "the nearest is blocks"),
+    ({"eval_prompt": "boxes"}, "the nearest is box"),
+)
+
+
+def test_settings_of_an_experiment_file_are_checked_as_flags_are():
+    # In a process of its own: here, the tests' type checker is faster.
+    program = (
+        "from samjax.config import Config\n"
+        f"for setting in {[setting for setting, _ in WRONG_CHOICES]!r}:\n"
+        "    try:\n        print(Config(**setting))\n"
+        "    except ValueError as error:\n        print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    for line, (_, message) in zip(done.stdout.splitlines(), WRONG_CHOICES, strict=True):
+        assert message in line
 
 
 def test_steps():
