@@ -138,7 +138,7 @@ def fit(
             if logs_now or step == start + 1:  # the first step's time is mostly compilation
                 log.start_clock(step)
             ended = step == steps or _out_of_patience(config, checkpoints.best(), step)
-            if stop.requested:
+            if saves and stop.requested:  # else it came too late for a save: the next step's
                 raise Interrupted(
                     f"stopped after step {step} of {steps}; the same command with --resume goes on"
                 )

@@ -190,6 +190,27 @@ def test_ctrl_c_between_checkpoints(fit):
     assert value_of(resumed.variables) == value_of(whole.variables)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("came_in", "stops_after"), [(3, 4), (5, 5), (STEPS, STEPS)])
+def test_a_signal_when_a_step_has_been_decided_on(fit, monkeypatch, number, came_in, stops_after):
+    """Whenever it comes, the step that the run is said to have stopped after is on disk."""
+    whole = fit("whole")
+    write = loop.MetricsLog.write
+
+    def write_and_signal(self, step, values):
+        write(self, step, values)
+        if step == came_in:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.MetricsLog, "write", write_and_signal)
+        with pytest.raises(Interrupted, match=f"stopped after step {stops_after} of {STEPS};"):
+            fit("run")
+    resumed = fit("run")
+    assert f"resuming after step {stops_after}" in fit.said
+    assert value_of(resumed.variables) == value_of(whole.variables)
+
+
 def test_a_gradient_that_is_not_finite(fit, tmp_path, small_params):
     """It names what and where, keeps the state before it, and goes on once the image is mended."""
     whole = fit("whole")
