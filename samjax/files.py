@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,9 @@ def write_beside(destination: Path) -> Iterator[Path]:
     Works for a file and for a folder that does not exist yet. On any error nothing is left. Raises
     OSError with one sentence where the disk refuses.
     """
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+    # Not by the process's number, which is the same in each container: what is left of one that was
+    # killed would be in the way of the next.
+    temporary = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.tmp")
     try:
         with writing(destination):
             yield temporary

@@ -3,6 +3,8 @@
 import errno
 import os
 import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -84,6 +86,32 @@ def test_other_errors_pass(tmp_path):
         temporary.write_text("half")
         1 / 0  # noqa: B018
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_not_in_the_way(tmp_path):
+    path = tmp_path / "folder"
+    code = (
+        "import os, sys; from pathlib import Path; from samjax.files import write_beside\n"
+        "with write_beside(Path(sys.argv[1])) as temporary: temporary.mkdir(); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, path], timeout=60).returncode == 9
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".folder.") and left.name.endswith(
+        ".tmp"
+    )  # hidden from run folders
+    # Nor what one left that had this process's number, which containers give out again.
+    (tmp_path / f".folder.{os.getpid()}.tmp").mkdir()
+    write_folder(path)
+    assert (path / "file").read_bytes() == NOISE.tobytes()
+
+
+def test_two_writers_in_one_process_do_not_share_a_file(tmp_path):
+    path = tmp_path / "a"
+    with write_beside(path) as first, write_beside(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"  # the one that ended last
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize(
