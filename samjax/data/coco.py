@@ -110,9 +110,9 @@ class CocoSource:
 
     Nothing is decoded at construction. Raises ValueError, naming the thing and the fix, for a
     missing folder or split, a JSON that is no COCO or does not fit together, segmentations that
-    cannot be, missing image files and unknown classes; and on access for files that cannot be
-    decoded and for sizes that differ from the JSON's. RuntimeError where polygons need pycocotools
-    and it is not installed.
+    cannot be, missing image files, unknown classes and a split without any of the classes; and on
+    access for files that cannot be decoded and for sizes that differ from the JSON's. RuntimeError
+    where polygons need pycocotools and it is not installed.
     """
 
     def __init__(
@@ -144,7 +144,8 @@ class CocoSource:
                 self._items += [
                     Item(f"{image.name}#{a.id}", image, (a,)) for a in chosen if not a.is_crowd
                 ]
-        if not self._items:
+        has_objects = any(item.annotations for item in self._items)
+        if not self._items or (classes and not has_objects):
             what = f"of the classes {quote(classes)} " if classes else ""
             raise ValueError(f"{file} annotates no objects {what}in the split {split!r}")
         # The images' names, or name#id with the annotation's id where each is a sample.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -78,13 +77,15 @@ def read_coco(path: Path) -> Coco:
         raise ValueError(f"{path} lists no images")
     faults: list[str] = []
     entries = _check_images(data["images"], faults)
-    annotations = _check_annotations(data["annotations"], entries, faults)
+    categories = _check_categories(data.get("categories", []), faults)
+    ids = frozenset(id for _, id in categories)
+    annotations = _check_annotations(data["annotations"], entries, ids, faults)
     names = _names([entry["file_name"] for entry in entries.values()])
     images = tuple(
         CocoImage(name, entry["file_name"], entry["height"], entry["width"], tuple(annotations[id]))
         for name, (id, entry) in zip(names, entries.items(), strict=True)
     )
-    return Coco(path, images, _categories(data.get("categories", [])), tuple(faults))
+    return Coco(path, images, categories, tuple(faults))
 
 
 def _check_images(images: list[Any], faults: list[str]) -> dict[int | str, dict[str, Any]]:
@@ -108,10 +109,32 @@ def _check_images(images: list[Any], faults: list[str]) -> dict[int | str, dict[
     return entries
 
 
+def _check_categories(categories: Any, faults: list[str]) -> tuple[tuple[str, int | str], ...]:
+    """The names and ids of the categories that are well; a JSON need not have any."""
+    valid: list[tuple[str, int | str]] = []
+    for position, entry in enumerate(categories if isinstance(categories, list) else []):
+        if (
+            isinstance(entry, dict)
+            and isinstance(entry.get("name"), str)
+            and _is_id(entry.get("id"))
+        ):
+            valid.append((entry["name"], entry["id"]))
+        else:
+            faults.append(f"category {position} of the list has no name and id")
+    return tuple(valid)
+
+
 def _check_annotations(
-    annotations: list[Any], images: dict[int | str, dict[str, Any]], faults: list[str]
+    annotations: list[Any],
+    images: dict[int | str, dict[str, Any]],
+    categories: frozenset[int | str],
+    faults: list[str],
 ) -> dict[int | str, list[Annotation]]:
-    """The annotations that are well, by the id of their image."""
+    """The annotations that are well, by the id of their image.
+
+    Where there are categories, each must have one: without, it would be of none of the classes that
+    a user names, and be left out unseen.
+    """
     found: dict[int | str, list[Annotation]] = {id: [] for id in images}
     seen: set[int | str] = set()
     for position, entry in enumerate(annotations):
@@ -136,6 +159,12 @@ def _check_annotations(
             continue
         category = entry.get("category_id")
         category = category if _is_id(category) else None
+        if categories and category not in categories:
+            faults.append(
+                f"annotation {id} of {image['file_name']!r} has the category_id "
+                f"{json.dumps(entry.get('category_id'))}, which is no category's id"
+            )
+            continue
         found[image_id].append(Annotation(id, category, bool(entry.get("iscrowd")), shape))
     return found
 
@@ -148,14 +177,3 @@ def _names(files: list[str]) -> list[str]:
     """Paths without their extensions, or, where these are not unique, with them."""
     stems = [str(PurePosixPath(file).with_suffix("")) for file in files]
     return stems if len(set(stems)) == len(stems) else files
-
-
-def _categories(entries: Any) -> tuple[tuple[str, int | str], ...]:
-    valid: Iterable[dict[str, Any]] = (
-        entry for entry in (entries if isinstance(entries, list) else []) if isinstance(entry, dict)
-    )
-    return tuple(
-        (entry["name"], entry["id"])
-        for entry in valid
-        if isinstance(entry.get("name"), str) and _is_id(entry.get("id"))
-    )

@@ -104,6 +104,31 @@ def test_classes_choose_annotations(dataset):
     )
 
 
+@pytest.mark.parametrize("objects", ["together", "each"])
+def test_a_split_without_any_of_the_classes_is_refused(dataset, objects):
+    message = complaint(dataset, objects=objects, classes=("zebra",))
+    assert message.endswith("annotates no objects of the classes 'zebra' in the split 'train'")
+    # One object is enough, and without classes a split may be all background.
+    CocoSource(dataset, "train", 0, WHOLE, objects, ("zebra", "dog"))
+    annotate(dataset / "annotations.json", ["c.png"], [])
+    assert not CocoSource(dataset, "train", fractions=WHOLE)[0].mask.any()
+
+
+@pytest.mark.parametrize("value", ["3", 3.0, 9, None, True, [3]])
+def test_a_category_that_there_is_not_is_a_fault(dataset, value):
+    file = dataset / "annotations.json"
+    content = json.loads(file.read_text())
+    content["annotations"][3]["category_id"] = value
+    file.write_text(json.dumps(content))
+    message = complaint(dataset, classes=("cat",))
+    assert f"annotation 4 of 'b.png' has the category_id {json.dumps(value)}, which is" in message
+    assert complaint(dataset) == message
+    # A JSON without categories may say of its annotations what it likes.
+    del content["categories"]
+    file.write_text(json.dumps(content))
+    assert CocoSource(dataset, "train", fractions=WHOLE)[1].mask.any()
+
+
 def test_layout_of_coco(tmp_path):
     for split in ("train", "val"):
         file = tmp_path / f"annotations/instances_{split}2017.json"
@@ -203,6 +228,8 @@ def test_no_json_or_no_telling_which(tmp_path):
         (("images", 1, "id"), None, "image 1 of the list has no id"),
         (("images", 1, "id"), 100, "image 'b.png' (id 100) is listed twice"),
         (("images", 1, "file_name"), "", "image 101 has no file_name"),
+        (("categories", 1, "name"), None, "category 1 of the list has no name and id"),
+        (("categories", 1, "id"), 7.0, "category 1 of the list has no name and id"),
         (("annotations", 0, "image_id"), 99, "annotation 1 points to image 99"),
         (("annotations", 1, "id"), 1, "annotation 1 is listed twice"),
         (("annotations", 1, "id"), None, "annotation 1 of the list has no id"),
