@@ -12,9 +12,12 @@ from safetensors import safe_open
 
 import samjax
 from samjax import catalog, foreign, peft
+from samjax.cli import main
+from samjax.config import Config
 from samjax.hashes import file_sha256, params_sha256
 from samjax.models import MODELS
 from samjax.peft import MethodConfig
+from samjax.run import open_model
 from samjax.weights import convert, read_weights, save_checkpoint, write_weights
 from weights_convert import from_params
 from weights_convert.huggingface import from_meta_names
@@ -49,6 +52,18 @@ def test_an_ambiguous_file_is_not_guessed(plain, tmp_path):
             "differs; pass --model small or --model small_stretched"
         )
     assert not (tmp_path / "w").exists()
+
+
+def test_a_run_does_not_guess_either(plain, tmp_path, capsys):
+    with pytest.raises(ValueError, match="pass --model small or --model small_stretched"):
+        open_model(Config(weights=str(plain)))
+    model, _ = open_model(Config(weights=str(plain), model="small_stretched"))
+    assert model.config == MODELS["small_stretched"]
+    convert_it = ["convert", str(plain), str(tmp_path / "w")]
+    assert main(convert_it) == 1
+    assert "pass --model small or --model small_stretched" in capsys.readouterr().err
+    assert main([*convert_it, "--model", "small"]) == 0
+    assert "holds small" in capsys.readouterr().err
 
 
 def test_the_user_says_which(plain, tmp_path, small_params):
