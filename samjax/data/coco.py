@@ -182,11 +182,12 @@ class CocoSource:
 def take_split(coco: Coco, split: str, is_flat: bool, seed: int, fractions: Fractions) -> CocoSplit:
     """The images of one split: all of the JSON's, or, where `is_flat`, those that the seed draws.
 
-    Raises ValueError for an empty split and where no folder holds the images.
+    They are drawn by their files, since the names of all change where one more image makes two of
+    them the same. Raises ValueError for an empty split and where no folder holds the images.
     """
-    images = {image.name: image for image in coco.images}
-    names = draw_split(coco.path, list(images), split, seed, fractions) if is_flat else images
-    return CocoSplit(coco, _find_images(coco), tuple(images[name] for name in names))
+    images = {image.file: image for image in coco.images}
+    files = draw_split(coco.path, list(images), split, seed, fractions) if is_flat else images
+    return CocoSplit(coco, _find_images(coco), tuple(images[file] for file in files))
 
 
 def is_coco(root: Path) -> bool:

@@ -23,7 +23,10 @@ class Annotation:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CocoImage:
-    """An image with its annotations; `name` is unique, `file` the path that the JSON gives."""
+    """An image with its annotations; `name` is unique, `file` the path that the JSON gives.
+
+    The name is for people: it depends on the other images, while the file is the image's own.
+    """
 
     name: str
     file: str

@@ -187,6 +187,24 @@ def test_one_json_is_split_by_seed(tmp_path):
     assert [name.split("#")[0] for name in each] == list(splits[2])
 
 
+def test_one_more_image_leaves_the_others_in_their_splits(tmp_path):
+    files = [f"{i:02}.png" for i in range(100)]
+    for file in [*files, "00.jpg"]:
+        picture(tmp_path / "images" / file)
+
+    def drawn():
+        splits = (CocoSource(tmp_path, split, seed=5) for split in ("train", "val", "test"))
+        return [{name.removesuffix(".png") for name in source.names} for source in splits]
+
+    annotate(tmp_path / "x.json", files, [])
+    before = drawn()
+    annotate(tmp_path / "x.json", [*files, "00.jpg"], [])  # now names have their extensions
+    after = drawn()
+    # By chance, a test of ten would share one with another draw.
+    assert [len(split) for split in after] == [81, 10, 10]
+    assert all(len(old - new) <= 1 for old, new in zip(before, after, strict=True))
+
+
 def test_names_are_unique(tmp_path):
     files = ["a/1.png", "b/1.png", "b/2.png"]
     annotate(tmp_path / "x.json", files, [])
