@@ -89,20 +89,22 @@ def _choose(
 ) -> SamConfig:
     """The one of several models of the same tensors that is meant. Never guesses."""
     by_name = {config.name: config for config in candidates}
-    if model is not None:
-        if model not in by_name:
-            raise CheckpointError(contradiction(" or ".join(by_name), model))
-        return by_name[model]
+    if model is not None and model not in by_name:
+        raise CheckpointError(contradiction(" or ".join(by_name), model))
     if len(by_name) == 1:
         return candidates[0]
-    if prefer is not None and prefer.name in by_name:
-        return by_name[prefer.name]
     if len(files) == 1:
         from samjax.catalog import model_by_sha256
 
         known = model_by_sha256(file_sha256(files[0]))
         if known in by_name:
+            if model not in (None, known):
+                raise CheckpointError(contradiction(known, model))
             return by_name[known]
+    if model is not None:
+        return by_name[model]
+    if prefer is not None and prefer.name in by_name:
+        return by_name[prefer.name]
     raise CheckpointError(
         f"it has the architecture of {' and '.join(by_name)}, whose preprocessing differs; pass "
         f"{' or '.join(f'--model {name}' for name in by_name)}"

@@ -86,20 +86,29 @@ def test_the_user_says_which(plain, tmp_path, small_params):
 def test_the_catalogue_says_which(plain, monkeypatch):
     known = {file_sha256(plain): "small_stretched"}
     monkeypatch.setattr(catalog, "model_by_sha256", known.get)
-    assert read_weights(plain)[0] == MODELS["small_stretched"]
-    assert read_weights(plain, "small")[0] == MODELS["small"]  # the user has the last word
+    for model in (None, "small_stretched"):
+        assert read_weights(plain, model)[0] == MODELS["small_stretched"]
+    with pytest.raises(ValueError) as info:
+        read_weights(plain, "small")
+    assert str(info.value) == (
+        f"{plain}: it holds small_stretched, not small; pass --model small_stretched or other "
+        "weights"
+    )
+    # An adapter says what the weights are where nothing else does.
+    assert read_weights(plain, prefer=MODELS["small"])[0] == MODELS["small_stretched"]
     # A hash that is known for something else decides nothing.
     monkeypatch.setattr(catalog, "model_by_sha256", lambda sha256: "vit_h")
     with pytest.raises(ValueError, match="pass --model small or"):
         read_weights(plain)
+    for given in ({"model": "small"}, {"prefer": MODELS["small"]}):
+        assert read_weights(plain, **given)[0] == MODELS["small"]
 
 
-def test_what_is_not_ambiguous_is_not_hashed(plain, monkeypatch, tmp_path, small_config):
+def test_what_is_not_ambiguous_is_not_hashed(plain, monkeypatch, small_config):
     monkeypatch.delitem(MODELS, "small_stretched")
     monkeypatch.setattr(foreign, "file_sha256", None)
-    assert read_weights(plain)[0] == small_config
-    monkeypatch.setitem(MODELS, "b", dataclasses.replace(small_config, name="b", resize="stretch"))
-    assert read_weights(plain, "b")[0].name == "b"
+    for model in (None, "small"):
+        assert read_weights(plain, model)[0] == small_config
 
 
 def test_models_that_contradict(plain, tmp_path, small_config, small_params):
@@ -198,8 +207,7 @@ def saved_adapter(path, name, params):
     return path
 
 
-def test_an_adapter_knows_which(plain, tmp_path, small_params, monkeypatch):
-    monkeypatch.setattr(foreign, "file_sha256", None)
+def test_an_adapter_knows_which(plain, tmp_path, small_params):
     adapter = saved_adapter(tmp_path / "a", "small_stretched", small_params)
     model, params, _ = samjax.load_adapted(plain, adapter)
     assert model.config == MODELS["small_stretched"]
