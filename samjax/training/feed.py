@@ -22,11 +22,12 @@ class Feed:
         """Reads the next batch, if there is one; where that fails, `take` says so in its turn."""
         try:
             batch = next(self._batches, None)
-            if batch is not None:
-                batch = {**batch, **jax.device_put({key: batch[key] for key in MODEL_INPUTS})}
-            self._ahead = batch
         except Exception as error:
             self._ahead = error
+            return
+        if batch is not None:
+            inputs = jax.device_put({key: batch[key] for key in MODEL_INPUTS})
+            self._ahead = inputs, [int(index) for index in batch["index"]]
 
     def take(self) -> tuple[dict[str, Any], list[int]]:
         """The next batch's inputs on the device, and the positions of its images in the source.
@@ -35,5 +36,4 @@ class Feed:
         """
         if isinstance(self._ahead, Exception):
             raise self._ahead
-        inputs = {key: self._ahead[key] for key in MODEL_INPUTS}
-        return inputs, [int(i) for i in self._ahead["index"]]
+        return self._ahead

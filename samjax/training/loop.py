@@ -68,17 +68,7 @@ def fit(
     refuses, and RuntimeError where memory runs out.
     """
     steps = config.num_steps(len(source))
-    train_leaves, frozen = peft_lib.partition(base, peft_lib.trainable(spec, model, base))
-    labels = trained_labels(peft_lib.groups(spec, model, base))
-    optimizer = make_optimizer(config.optimizer, steps, labels)
-    train_step = make_train_step(
-        model,
-        optimizer,
-        loss=config.loss,
-        corrective_points=config.prompts.corrective_points,
-        seed=config.seed,
-        accumulate=config.accumulate,
-    )
+    train_step, state, frozen = _prepare(config, model, spec, base, steps)
     dataset = train_batches(
         source,
         frame=model.config.frame,
@@ -87,9 +77,6 @@ def fit(
         prompts=config.prompts,
         augment=config.augment,
     )
-    # Copied, since the step donates its state and `base` must survive it.
-    initial = jax.jit(lambda leaves: init_state(jax.tree.map(jnp.copy, leaves), optimizer))
-    state = initial(train_leaves)
     with (
         contextlib.closing(Checkpoints(out / "checkpoints", config.best_metric)) as checkpoints,
         progress_bar(console) as bar,
@@ -122,8 +109,8 @@ def fit(
             bar.advance(task)
             validates = validate is not None and _is_due(step, config.validate_every, steps)
             saves = validates or _is_due(step, config.checkpoint_every, steps) or stop.requested
-            logs_now = saves or step % config.log_every == 0
-            if logs_now:
+            writes = saves or _is_due(step, config.log_every, steps)
+            if writes:
                 log.stop_clock(step)
                 values = {key: float(value) for key, value in logs.items()}
                 metrics = None
@@ -135,13 +122,13 @@ def fit(
                 bar.update(task, note=_note(values))
                 if saves:
                     checkpoints.save(state, metrics)
-            if logs_now or step == start + 1:  # the first step's time is mostly compilation
+            if writes or step == start + 1:  # the first step's time is mostly compilation
                 log.start_clock(step)
-            ended = step == steps or _out_of_patience(config, checkpoints.best(), step)
             if saves and stop.requested:  # else it came too late for a save: the next step's
                 raise Interrupted(
                     f"stopped after step {step} of {steps}; the same command with --resume goes on"
                 )
+            ended = step == steps or _out_of_patience(config, checkpoints.best(), step)
         best = checkpoints.best()
         if best is not None and step < steps:
             console.print(
@@ -152,6 +139,26 @@ def fit(
             state = checkpoints.restore(state, kept_step)
     variables = peft_lib.combine(state.train, frozen)
     return Fitted(variables, step, kept_step, best, log.seconds_per_step())
+
+
+def _prepare(
+    config: Config, model: Sam, spec: peft_lib.PeftSpec, base: Any, steps: int
+) -> tuple[Any, TrainState, Any]:
+    """The step, the state before the first one, and the leaves that stay as they are."""
+    train_leaves, frozen = peft_lib.partition(base, peft_lib.trainable(spec, model, base))
+    labels = trained_labels(peft_lib.groups(spec, model, base))
+    optimizer = make_optimizer(config.optimizer, steps, labels)
+    train_step = make_train_step(
+        model,
+        optimizer,
+        loss=config.loss,
+        corrective_points=config.prompts.corrective_points,
+        seed=config.seed,
+        accumulate=config.accumulate,
+    )
+    # Copied, since the step donates its state and `base` must survive it.
+    first = jax.jit(lambda leaves: init_state(jax.tree.map(jnp.copy, leaves), optimizer))
+    return train_step, first(train_leaves), frozen
 
 
 def _take(

@@ -28,14 +28,16 @@ def saves(out) -> set[str]:
 
 def kill(command, out, is_time, delay: float) -> int:
     """Starts or resumes a run, kills it `delay` seconds after `is_time()`; the steps logged."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    said = out.with_suffix(".err")
+    with open(said, "w") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
     deadline = time.time() + 600
     while not is_time() and process.poll() is None:
         assert time.time() < deadline
         time.sleep(0.001)
     time.sleep(delay)
     process.kill()
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert process.wait() == -signal.SIGKILL, f"ended before it was killed: {said.read_text()}"
     assert not (out / "summary.json").exists()
     return logged(out)
 

@@ -5,6 +5,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -72,14 +73,12 @@ def test_validations_need_a_split(experiment, command, tmp_path, capsys):
 def test_a_disk_that_fills_in_mid_run(experiment, whole, command, tmp_path):
     """One sentence, nothing half-written, and the same end once there is room."""
     out = tmp_path / "run"
-
-    def fill():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-
-    pipe = subprocess.PIPE
-    full = subprocess.run(
-        command(experiment, out), preexec_fn=fill, stdout=pipe, stderr=pipe, text=True
+    limit = (
+        "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
     )
+    limited = [sys.executable, "-c", limit, *command(experiment, out)]
+    full = subprocess.run(limited, capture_output=True, text=True)
     assert full.returncode == 1 and not full.stdout and "Traceback" not in full.stderr
     last = full.stderr.splitlines()[-1]
     assert last.startswith("samjax: the checkpoint of step 4 cannot be written to")
