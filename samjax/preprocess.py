@@ -18,6 +18,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 from PIL import Image
 
+from samjax.data.prompts import central_point
+
 MASK_THRESHOLD = 0.0
 
 
@@ -104,12 +106,21 @@ def prepare_image(
 
 
 def prepare_mask(mask: Bool[np.ndarray, "h w"], frame: Frame) -> Bool[np.ndarray, "fh fw"]:
-    """A mask on the padded input: resized as the image with nearest neighbour, padded False."""
+    """A mask on the padded input: resized as the image with nearest neighbour, padded False.
+
+    Nearest neighbour may miss an object that is smaller than a pixel of the frame. Of a mask that
+    would become empty, the pixel of the frame that its most central pixel lies in stays, so that a
+    prompt on the object never goes with a truth that has none.
+    """
     height, width = frame.resized_shape(*mask.shape)
-    if mask.shape != (height, width):
-        image = Image.fromarray(mask.astype(np.uint8))
-        mask = np.asarray(image.resize((width, height), Image.Resampling.NEAREST)).astype(bool)
-    return pad_to(mask, frame)
+    if mask.shape == (height, width):
+        return pad_to(mask, frame)
+    image = Image.fromarray(mask.astype(np.uint8))
+    resized = np.array(image.resize((width, height), Image.Resampling.NEAREST)).astype(bool)
+    if mask.any() and not resized.any():
+        x, y = central_point(mask) + 0.5
+        resized[int(y * height / mask.shape[0]), int(x * width / mask.shape[1])] = True
+    return pad_to(resized, frame)
 
 
 # The logit of a mask prompt's object; SAM was trained with logits of its own predictions, and an

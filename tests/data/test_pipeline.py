@@ -159,6 +159,25 @@ def test_prepare_mask_resizes_like_the_image():
     np.testing.assert_array_equal(prepare_mask(large[:16], Frame(16, 16))[:8], mask)
 
 
+@pytest.mark.parametrize("frame", [Frame(256, 256), Frame(128, 256), Frame(256, 256, "stretch")])
+@pytest.mark.parametrize("side", [1, 3, 6])
+def test_prepare_mask_keeps_the_smallest_objects(frame, side):
+    height, width = frame.resized_shape(270, 1920)
+    for place in range(64):
+        mask = np.zeros((270, 1920), bool)
+        top, left = 4 * place % (270 - side + 1), 30 * place % (1920 - side + 1)
+        mask[top : top + side, left : left + side] = True
+        prepared = prepare_mask(mask, frame)
+        rows, columns = np.nonzero(prepared)
+        assert rows.size
+        # Every pixel of it covers a part of the object.
+        assert ((rows + 1) * 270 > top * height).all()
+        assert (rows * 270 < (top + side) * height).all()
+        assert ((columns + 1) * 1920 > left * width).all()
+        assert (columns * 1920 < (left + side) * width).all()
+    assert not prepare_mask(np.zeros((270, 1920), bool), frame).any()
+
+
 def test_no_prompts_have_no_slots():
     assert stream(prompts=PromptConfig())[0]["coords"].shape == (2, 0, 2)
 
