@@ -6,7 +6,7 @@ import json
 import logging
 from typing import Any
 
-from samjax.models.configs import SamConfig, VitConfig
+from samjax.models.configs import MODELS, SamConfig, VitConfig
 from weights_convert.errors import CheckpointError, shown
 
 _LOG = logging.getLogger("samjax")
@@ -100,18 +100,21 @@ def model_config(config: SamConfig) -> dict[str, Any]:
 def check_model_config(record: dict[str, Any], config: SamConfig) -> None:
     """Raises ValueError, one sentence, where `config.json` describes another model than `config`.
 
-    Tensors show most of it, but neither the number of heads nor which blocks are global.
+    Tensors show most of it, but neither the number of heads nor which blocks are global. A key or a
+    part that is left out has transformers' default, which is ViT-B's value.
     """
-    expected = model_config(config)
+    expected, defaults = model_config(config), model_config(MODELS["vit_b"])
+    # The one default that is made of another value; tensors show the width of an MLP.
+    defaults["vision_config"]["mlp_dim"] = expected["vision_config"]["mlp_dim"]
     for part in _PARTS:
         theirs = record.get(part)
-        if not isinstance(theirs, dict):
-            continue  # all defaults, which are those of ViT-B
+        theirs = theirs if isinstance(theirs, dict) else {}
         for key, ours in expected[part].items():
-            value = theirs.get(key, ours)
+            value = theirs.get(key, defaults[part][key])
             if value != ours and (part, key) not in _FREE:
+                says = "says" if key in theirs else "leaves out, for transformers' default,"
                 raise CheckpointError(
-                    f"its config.json says {part}.{key} = {shown(value)} where {config.name} has "
+                    f"its config.json {says} {part}.{key} = {shown(value)} where {config.name} has "
                     f"{ours}; samjax reads SAM's own architectures"
                 )
 

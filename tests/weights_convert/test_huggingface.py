@@ -17,7 +17,7 @@ from samjax.models import MODELS, Prompts, Sam
 from samjax.preprocess import normalize, prepare_image, scale_coords
 from samjax.weights import convert, read_weights, save_checkpoint, write_weights
 from weights_convert import expected_shapes, from_params, read_tensors
-from weights_convert.hf_config import preprocessor_config
+from weights_convert.hf_config import check_model_config, model_config, preprocessor_config
 from weights_convert.huggingface import from_meta_names, to_meta_names
 from weights_convert.table import from_samjax
 
@@ -86,8 +86,6 @@ def assert_same_params(actual, expected):
 @pytest.mark.parametrize("name", ["vit_b", "vit_l", "vit_h"])
 def test_names_and_shapes_are_those_of_sam_model(transformers, tmp_path, name):
     import torch
-
-    from weights_convert.hf_config import model_config
 
     (tmp_path / "config.json").write_text(json.dumps(model_config(MODELS[name])))
     with torch.device("meta"):
@@ -294,9 +292,37 @@ def test_either_name_of_the_tied_tensor(known, tmp_path, small_config, small_par
         read(**{image: None})
 
 
+def without(*path):
+    """A change of `config.json`, which then lacks what is at that path."""
+
+    def change(record):
+        del record["samjax_model"]  # of that transformers knows nothing
+        for key in path[:-1]:
+            record = record[key]
+        del record[path[-1]]
+
+    return change
+
+
+def test_what_a_config_leaves_out_is_vit_bs(transformers):
+    """As transformers fills it in; it leaves out what is equal to its defaults."""
+    record, theirs = model_config(MODELS["vit_b"]), transformers.SamConfig().to_dict()
+    for part in ("vision_config", "prompt_encoder_config", "mask_decoder_config"):
+        ours = {k: v for k, v in record[part].items() if k != "layer_norm_eps"}
+        assert ours == {key: theirs[part][key] for key in ours}
+    check_model_config({"model_type": "sam"}, MODELS["vit_b"])
+    for name, width in (("vit_l", 1024), ("vit_h", 1280)):
+        with pytest.raises(ValueError, match=rf"hidden_size = 768 where {name} has {width}"):
+            check_model_config({"model_type": "sam"}, MODELS[name])
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
+        (without("vision_config", "global_attn_indexes"), r"leaves out.*indexes = \[2, 5, 8, 11\]"),
+        (without("vision_config", "window_size"), "leaves out.*window_size = 14 where small has 4"),
+        (without("vision_config"), "leaves out.*vision_config.hidden_size = 768 where"),
+        (without("mask_decoder_config"), "leaves out.*mask_decoder_config.hidden_size = 256"),
         (lambda r: r.update(model_type="sam2"), "of type sam2, not sam"),
         (lambda r: r.pop("model_type"), "of type None, not sam"),
         (lambda r: r["vision_config"].update(num_attention_heads=4), r"num_attention_heads = 4"),
