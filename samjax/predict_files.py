@@ -47,7 +47,7 @@ def predict_files(
     check_writable(out)
     image = read_image(image_path)
     size = (image.shape[0], image.shape[1])
-    prompts = _prompts(points, boxes, mask, size)
+    prompts = _prompts(points, boxes, mask, size, console)
     for prompt in prompts:
         # Before any weights are read, which may take long.
         check_prompt(prompt, size)
@@ -117,6 +117,7 @@ def _prompts(
     boxes: Sequence[Sequence[float]],
     mask: Path | None,
     size: tuple[int, int],
+    console: Console,
 ) -> list[Prompt]:
     """Several boxes are several prompts; all else belongs to one."""
     if len(boxes) > 1 and (points or mask):
@@ -126,10 +127,18 @@ def _prompts(
         )
     table = np.array(points).reshape(-1, 3)
     coords, labels = (table[:, :2], table[:, 2]) if points else (None, None)
-    given = None if mask is None else read_mask(mask)[0]
-    if given is not None and given.shape != size:
+    given = None if mask is None else _read_prompt(mask, size, console)
+    return [Prompt(coords, labels, box, given) for box in boxes or [None]]
+
+
+def _read_prompt(mask: Path, size: tuple[int, int], console: Console) -> np.ndarray:
+    """The mask prompt in a file; says where it was not simply black and white."""
+    given, notice = read_mask(mask)
+    if given.shape != size:
         raise ValueError(
             f"the mask {mask} is {given.shape[1]}x{given.shape[0]} pixels (width x height), but "
             f"the image is {size[1]}x{size[0]}"
         )
-    return [Prompt(coords, labels, box, given) for box in boxes or [None]]
+    if notice:
+        console.print(f"note: {mask} {notice}")
+    return given
