@@ -41,6 +41,9 @@ class EncodedImage(io.BytesIO):
 
 ImageFile = Path | EncodedImage
 
+LABELLED = "is a label image: every label above 0 becomes the object"
+SOFT = "is not binary (lossy compression?): it is thresholded at > 127"
+
 
 class Notices:
     """What there is to know of the masks of a source, said once each; threads may speak at once."""
@@ -50,7 +53,7 @@ class Notices:
         self._said: dict[str, object] = {}
 
     def say(self, notice: str | None, file: ImageFile) -> None:
-        """Logs a notice of `read_mask`, where it is the first of its kind."""
+        """Logs a notice on a file, where it is the first of its kind."""
         token = object()  # setdefault is atomic, so that two threads do not both speak
         if notice and self._said.setdefault(notice, token) is token:
             _logger.warning("%s %s (said once for %s)", file, notice, self._root)
@@ -75,8 +78,8 @@ def read_mask(file: ImageFile) -> tuple[Bool[np.ndarray, "h w"], str | None]:
     - Palette colours other than black, and whatever is not transparent, are the object.
     - One or two values, {0, 1}, {0, 255}, {0, x}: the object is where the value exceeds 0.
     - More values in a JPEG, or a grey image that is black and white but for one pixel in ten:
-      lossy or blurred, the object is where the value exceeds 127, and there is a notice.
-    - Otherwise a label image: the object is where the label exceeds 0, and there is a notice.
+      lossy or blurred, the object is where the value exceeds 127, and the notice is `SOFT`.
+    - Otherwise a label image: the object is where the label exceeds 0, the notice `LABELLED`.
     """
     image = _decode(file)
     values, is_label_image = _mask_values(image)
@@ -86,11 +89,16 @@ def read_mask(file: ImageFile) -> tuple[Bool[np.ndarray, "h w"], str | None]:
         # A JPEG of one value is the inside or the outside of an object, give or take an error.
         is_lossy = image.format == "JPEG" and len(present) == 1
         return (values > 127 if is_lossy else values > 0), None
-    # Blurred edges aside, a mask in grey is black and white; labels are anything else.
-    is_grey_mask = np.mean((values > 16) & (values < 239)) < 0.1 and present[-1] >= 239
+    # Blurred edges aside, a mask in grey is black and white; labels are anything else, such as low
+    # ones and 255 for void: no blur leaves out all values between the two.
+    is_grey_mask = (
+        np.mean((values > 16) & (values < 239)) < 0.1
+        and present[-1] >= 239
+        and bool(np.any((present > 16) & (present < 255)))
+    )
     if is_label_image or (image.format != "JPEG" and not is_grey_mask):
-        return values > 0, "is a label image: every label above 0 becomes the object"
-    return values > 127, "is not binary (lossy compression?): it is thresholded at > 127"
+        return values > 0, LABELLED
+    return values > 127, SOFT
 
 
 def read_labels(file: Path) -> Int[np.ndarray, "h w"]:

@@ -8,14 +8,14 @@ which some datasets use for pixels that do not count: leave it out by naming the
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from samjax.data.folder import LABELS, MASKS, Pair, check_pair, check_pairs, list_folder, open_pairs
-from samjax.data.images import read_image, read_labels
+from samjax.data.images import SOFT, Notices, read_image, read_labels, read_mask
 from samjax.data.sources import Objects, Sample
 from samjax.data.splits import DEFAULT_FRACTIONS, Fractions, quote, split_folders
 from samjax.data.walk import Track, untracked, walk
@@ -28,8 +28,9 @@ class LabelSource:
     the label images are read once at construction, since their values say what samples there are.
 
     Raises ValueError as `samjax.data.folder.FolderSource` does, and for a class that is no label of
-    the dataset, for label images that hold no objects where each is a sample, and for files that
-    cannot hold labels.
+    the dataset, for label images that hold no objects and masks with soft edges where each object
+    is a sample, and for files that cannot hold labels. A notice is logged where a mask of black and
+    white becomes one object.
     """
 
     def __init__(
@@ -51,6 +52,9 @@ class LabelSource:
             present = list(walk(_labels_in, pairs, "reading labels", track))
             _check_kept(self._kept, set().union(*present), root, track)
         if objects == "each":
+            notices = Notices(root)
+            for pair, labels in zip(pairs, present, strict=True):
+                notices.say(_check_objects(pair, labels), pair.truth)
             self._samples = [
                 (pair, label)
                 for pair, labels in zip(pairs, present, strict=True)
@@ -91,6 +95,25 @@ def _labels_in(pair: Pair) -> tuple[int, ...]:
         np.flatnonzero(np.bincount(values.ravel())) if values.max() < 2**16 else np.unique(values)
     )
     return tuple(present[present > 0].tolist())
+
+
+def _check_objects(pair: Pair, labels: Collection[int]) -> str | None:
+    """A notice where the `labels` of a file in `masks/` may not be meant to tell objects apart.
+
+    Raises ValueError where they are the shades of a mask's soft edges.
+    """
+    if pair.truth.parent.name != MASKS:
+        return None
+    # White is above 127, so that most label images need not be read again.
+    if len(labels) > 1 and max(labels) > 127 and read_mask(pair.truth)[1] == SOFT:
+        raise ValueError(
+            f"{pair.truth} looks like a mask with soft edges, of which each of {len(labels)} "
+            f"shades would be an object: if it does hold labels, rename {MASKS}/ to {LABELS}/; if "
+            "not, use objects together"
+        )
+    if set(labels) == {255}:
+        return f"is black and white: all of it is one object; label images go into {LABELS}/"
+    return None
 
 
 def _parse(classes: Sequence[str]) -> list[int]:

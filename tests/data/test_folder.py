@@ -228,6 +228,13 @@ def test_labels_above_127_are_labels(tmp_path):
     assert mask.sum() == 63 and "label image" in notice
 
 
+def test_low_labels_with_void_are_labels(tmp_path):
+    labels = np.array([[0, 0, 1, 7, 255]], np.uint8)
+    Image.fromarray(labels).save(tmp_path / "m.png")
+    mask, notice = read_mask(tmp_path / "m.png")
+    assert mask.tolist() == [[False, False, True, True, True]] and "label image" in notice
+
+
 def test_blurred_edges_are_thresholded(tmp_path):
     pixels = np.zeros((40, 40), np.uint8)
     pixels[10:30, 10:30] = 255

@@ -54,6 +54,40 @@ def test_each_label_is_a_sample(dataset):
     source.check_sizes()
 
 
+def soft_mask(side=80):
+    """A disk, whose edge has shades between black and white."""
+    y, x = np.mgrid[:side, :side] - side / 2
+    return np.clip(128 * (side / 4 - np.hypot(y, x)), 0, 255).astype(np.uint8)
+
+
+def test_soft_masks_are_not_objects(tmp_path):
+    shades = len(np.unique(soft_mask())) - 1
+    assert shades > 10
+    write_pair(tmp_path, "a", LABELS, "masks")
+    write_pair(tmp_path, "b", soft_mask(), "masks")
+    for classes in ((), ("255",)):
+        message = complaint(tmp_path, "each", classes)
+        assert "masks/b.png looks like a mask with soft edges" in message
+        assert f"of which each of {shades} shades would be an object" in message
+        assert "rename masks/ to labels/; if not, use objects together" in message
+    assert opened(tmp_path, classes=("255",)).names == ("a", "b")
+    # In labels/ they are what that folder's name says.
+    (tmp_path / "masks").rename(tmp_path / "labels")
+    assert len(opened(tmp_path, "each")) == 3 + shades
+
+
+@pytest.mark.parametrize(("folder", "notices"), [("masks", 1), ("labels", 0)])
+def test_black_and_white_masks_are_one_object_each_with_one_notice(
+    tmp_path, caplog, folder, notices
+):
+    for name in "abc":
+        write_pair(tmp_path, name, np.array([[0, 255], [255, 0]], np.uint8), folder)
+    assert opened(tmp_path, "each").names == ("a#255", "b#255", "c#255")
+    said = [record.getMessage() for record in caplog.records if record.name == "samjax"]
+    assert len(said) == notices
+    assert all("a.png is black and white: all of it is one object" in message for message in said)
+
+
 def test_classes_choose_labels_and_leave_void_out(dataset):
     source = opened(dataset, classes=("1", "7"))
     assert source.names == ("a", "b", "c")
