@@ -25,6 +25,7 @@ from weights_convert.hf_config import (
     check_model_config,
     model_config,
     preprocessor_config,
+    preprocessor_difference,
 )
 from weights_convert.hf_folder import (
     CONFIG,
@@ -33,6 +34,7 @@ from weights_convert.hf_folder import (
     is_hf_folder,
     read_all,
     read_hf_config,
+    read_preprocessor,
     weight_files,
 )
 from weights_convert.huggingface import from_meta_names, has_their_names, to_meta_names
@@ -55,6 +57,7 @@ def read_foreign(
     with one sentence on what is wrong.
     """
     hf_config = read_hf_config(path) if is_hf_folder(path) else None
+    preprocessor = None if hf_config is None else read_preprocessor(path)
     files = [path] if hf_config is None else weight_files(path)
     tensors = read_all(files)
     config = _recorded(files, tensors)
@@ -69,6 +72,9 @@ def read_foreign(
             raise CheckpointError(contradiction(config.name, model))
         if hf_config is not None:
             check_model_config(hf_config, config)
+        if preprocessor is not None:
+            said = config.name in (model, prefer and prefer.name)
+            _check_preprocessor(*preprocessor, config, said)
         return config, to_params(tensors, config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
@@ -109,6 +115,22 @@ def _choose(
         f"it has the architecture of {' and '.join(by_name)}, whose preprocessing differs; pass "
         f"{' or '.join(f'--model {name}' for name in by_name)}"
     )
+
+
+def _check_preprocessor(file: Path, record: dict[str, Any], config: SamConfig, said: bool) -> None:
+    """Raises where a folder's preprocessing is not the model's; a notice where the user said which.
+
+    MedSAM's folders carry SAM's preprocessing, so that what a folder says cannot tell models apart.
+    """
+    difference = preprocessor_difference(record, config)
+    if difference is None:
+        return
+    if not said:
+        raise CheckpointError(
+            f"its {file.name} says {difference}; samjax would preprocess images as {config.name} "
+            f"does: pass --model {config.name} if that is meant"
+        )
+    _LOG.warning("%s says %s; images are preprocessed as %s does", file, difference, config.name)
 
 
 def _recorded(files: list[Path], tensors: dict[str, np.ndarray]) -> SamConfig | None:

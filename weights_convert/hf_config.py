@@ -6,8 +6,10 @@ import json
 import logging
 from typing import Any
 
+import numpy as np
+
 from samjax.models.configs import MODELS, SamConfig, VitConfig
-from weights_convert.errors import CheckpointError, shown
+from weights_convert.errors import CheckpointError, shown, told
 
 _LOG = logging.getLogger("samjax")
 # Where samjax leaves its own config; transformers carries keys along that it does not know.
@@ -134,6 +136,46 @@ def preprocessor_config(config: SamConfig) -> dict[str, Any]:
             config.normalization,
             config.frame,
         )
+    return _preprocessor(config)
+
+
+def preprocessor_difference(record: dict[str, Any], config: SamConfig) -> str | None:
+    """What `preprocessor_config.json` says where `config`'s own would say otherwise; None if it is.
+
+    Compared is what becomes of an image: its longest side, and mean and standard deviation on RGB
+    values in [0, 255], however they are written. Raises ValueError, one sentence, for values that
+    mean nothing.
+    """
+    defaults = _preprocessor(MODELS["vit_b"])  # those of transformers
+    given = {key: value for key, value in record.items() if value is not None}
+    with told("its preprocessor config"), np.errstate(all="raise"):
+        theirs, ours = _effect({**defaults, **given}), _effect(_preprocessor(config))
+    for what, value in theirs.items():
+        if not np.allclose(value, ours[what], rtol=1e-4, atol=1e-3):
+            return f"{what} {_listed(value)} where {config.name} has {_listed(ours[what])}"
+    return None
+
+
+def _effect(record: dict[str, Any]) -> dict[str, np.ndarray]:
+    """What a complete `preprocessor_config.json` does to an image; a side of 0: it stays."""
+    size = record["size"] if record["do_resize"] else 0
+    side = size["longest_edge"] if isinstance(size, dict) else size
+    factor = record["rescale_factor"] if record["do_rescale"] else 1.0
+    mean, std = record["image_mean"], record["image_std"]
+    if not record["do_normalize"]:
+        mean, std = 0.0, 1.0
+    return {
+        "a longest side of": np.array(side, float),
+        "a mean of": np.broadcast_to(np.array(mean, float), 3) / float(factor),
+        "a standard deviation of": np.broadcast_to(np.array(std, float), 3) / float(factor),
+    }
+
+
+def _listed(values: np.ndarray) -> str:
+    return ", ".join(f"{value:.6g}" for value in np.ravel(values))
+
+
+def _preprocessor(config: SamConfig) -> dict[str, Any]:
     size = config.frame.height
     low = 4 * config.grid[0]
     # Values are in [0, 255] where `pixel` normalises them, in [0, 1] where `min_max` does.

@@ -13,6 +13,8 @@ from weights_convert.read import read_tensors
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
+# Where transformers from 5 on writes the preprocessing, under a key; it is read first.
+_PROCESSOR, _PROCESSOR_KEY = "processor_config.json", "image_processor"
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _TORCH = "pytorch_model.bin"
@@ -35,6 +37,17 @@ def read_hf_config(path: Path) -> dict[str, Any]:
             "folder of a SamModel"
         )
     return record
+
+
+def read_preprocessor(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The folder's preprocessing of images and the file that holds it; None where none does."""
+    for file, key in ((path / _PROCESSOR, _PROCESSOR_KEY), (path / PREPROCESSOR, None)):
+        if file.is_file():
+            record = _read_json(file)
+            record = record if key is None else record.get(key)
+            if isinstance(record, dict):
+                return file, record
+    return None
 
 
 def weight_files(path: Path) -> list[Path]:
