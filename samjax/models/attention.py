@@ -1,7 +1,8 @@
 """Attention that never holds all scores at once.
 
-A global block of SAM has 4096 tokens: dense scores would be 12 x 4096 x 4096 a layer. Queries are
-taken a few rows of the token map at a time; each chunk is rematerialised in the backward pass.
+A global block of SAM has 4096 tokens: dense scores would be 12 x 4096 x 4096 a layer. A few rows of
+queries of one head are taken at a time, or several heads where the map is small; each chunk is
+rematerialised in the backward pass. The batch stays whole: it may be spread over devices.
 """
 
 from __future__ import annotations
@@ -17,13 +18,9 @@ from jaxtyping import Array, Float
 
 AttentionKind = Literal["chunked", "dense"]
 
-# Queries per chunk: 512 x 4096 float32 scores of 12 heads are 100 MB.
-QUERIES_PER_CHUNK = 512
-
-
-def softmax(scores: Float[Array, "*b n"]) -> Float[Array, "*b n"]:
-    """Softmax over the last axis in float32, returned in the input's dtype."""
-    return jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(scores.dtype)
+# 16 MB in float32: a CPU's caches hold it, and its allocator keeps the pages from chunk to chunk.
+# Six times as many scores made the encoder of ViT-B a third slower (docs/performance.md).
+SCORES_PER_CHUNK = 4 * 2**20
 
 
 def attend(
@@ -32,11 +29,18 @@ def attend(
     v: Float[Array, "b h m d"],
     bias: Any = None,
 ) -> Float[Array, "b h n d"]:
-    """Scaled dot-product attention; `bias` (broadcast to b, h, n, m) is added to the scores."""
+    """Scaled dot-product attention; `bias` (broadcast to b, h, n, m) is added to the scores.
+
+    Softmax is float32. Its sum divides what the values gave, not the scores, which are many more.
+    """
     scores = jnp.einsum("bhnd,bhmd->bhnm", q * (q.shape[-1] ** -0.5), k)
     if bias is not None:
         scores = scores + bias.astype(scores.dtype)
-    return jnp.einsum("bhnm,bhmd->bhnd", softmax(scores), v)
+    scores = scores.astype(jnp.float32)
+    # The result does not depend on the maximum: it only keeps exp from overflowing.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    out = jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v)
+    return (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
 
 
 def relative_table(size: int, rel_pos: Float[Array, "l d"]) -> Float[Array, "n n d"]:
@@ -66,38 +70,61 @@ def attend_map(
     """Attention over a token map with decomposed relative positions (MViTv2, as SAM's encoder).
 
     The position bias is a function of the *unscaled* queries. `chunked` equals `dense` up to
-    rounding and holds `QUERIES_PER_CHUNK` rows of scores at most.
+    rounding and holds `SCORES_PER_CHUNK` scores at most, or one row of one head.
     """
-    batch, heads, height, width, dim = q.shape
+    height, width = q.shape[2:4]
     table_h = relative_table(height, rel_pos_h).astype(q.dtype)
     table_w = relative_table(width, rel_pos_w).astype(q.dtype)
-    keys, values = (t.reshape(batch, heads, height * width, dim) for t in (k, v))
 
-    def rows(q: Array, table_h: Array) -> Array:
-        """`q` (b, h, r, x, d) holds r rows of queries, `table_h` (r, y, d) their offsets."""
+    def rows(q: Array, table_h: Array, k: Array, v: Array) -> Array:
+        """`q` (b, g, r, x, d) holds r rows of queries, `table_h` (r, y, d) their offsets."""
         bias_h = jnp.einsum("bhyxd,ykd->bhyxk", q, table_h)
         bias_w = jnp.einsum("bhyxd,xkd->bhyxk", q, table_w)
         bias = bias_h[..., :, None] + bias_w[..., None, :]
-        queries = q.reshape(batch, heads, -1, dim)
-        bias = bias.reshape(batch, heads, queries.shape[2], height * width)
+        queries, keys, values = (t.reshape(*t.shape[:2], -1, t.shape[-1]) for t in (q, k, v))
+        bias = bias.reshape(*queries.shape[:3], -1)
         return attend(queries, keys, values, bias).reshape(q.shape)
 
-    chunk = rows_per_chunk(height, width)
-    if kind == "dense" or chunk == height:
-        return rows(q, table_h)
-    return _map_rows(rows, q, table_h, chunk)
-
-
-def rows_per_chunk(height: int, width: int) -> int:
-    """The most rows of the token map that divide it and hold at most `QUERIES_PER_CHUNK`."""
-    limit = max(1, QUERIES_PER_CHUNK // width)
-    return max(r for r in range(1, height + 1) if height % r == 0 and r <= max(limit, 1))
-
-
-def _map_rows(rows: Callable[[Array, Array], Array], q: Array, table: Array, chunk: int) -> Array:
-    batch, heads, _, width, dim = q.shape
-    chunks = jnp.moveaxis(q.reshape(batch, heads, -1, chunk, width, dim), 2, 0)
-    tables = table.reshape(-1, chunk, *table.shape[1:])
+    if kind == "dense":
+        return rows(q, table_h, k, v)
     body = functools.partial(jax.checkpoint, prevent_cse=False)(rows)
-    out = jax.lax.map(lambda args: body(*args), (chunks, tables))
-    return jnp.moveaxis(out, 0, 2).reshape(q.shape)
+    some_heads, some_rows = chunk_sizes(*q.shape[:4])
+
+    def heads(q: Array, k: Array, v: Array) -> Array:
+        """All rows of some heads: (b, g, y, x, d)."""
+        chunks = _split(q, 2, some_rows), _split(table_h, 0, some_rows)
+        return _join(_map(lambda chunk: body(*chunk, k, v), chunks), 2)
+
+    return _join(_map(lambda qkv: heads(*qkv), [_split(t, 1, some_heads) for t in (q, k, v)]), 1)
+
+
+def chunk_sizes(batch: int, heads: int, height: int, width: int) -> tuple[int, int]:
+    """How many heads and how many rows of queries are taken at a time: divisors of all.
+
+    As many as `SCORES_PER_CHUNK` allows, but one row of one head at least.
+    """
+    row = batch * width * height * width
+    rows = _divisor(height, SCORES_PER_CHUNK // row)
+    return (_divisor(heads, SCORES_PER_CHUNK // (rows * row)) if rows == height else 1), rows
+
+
+def _divisor(size: int, limit: int) -> int:
+    return max(i for i in range(1, size + 1) if size % i == 0 and i <= max(limit, 1))
+
+
+def _split(x: Array, axis: int, size: int) -> Array:
+    """Chunks of `size` along an axis, on a leading axis of their own."""
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _join(chunks: Array, axis: int) -> Array:
+    """The inverse of `_split`."""
+    x = jnp.moveaxis(chunks, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _map(function: Callable[[Any], Array], chunks: Any) -> Array:
+    """`jax.lax.map`, without a loop where there is one chunk."""
+    if jax.tree.leaves(chunks)[0].shape[0] > 1:
+        return jax.lax.map(function, chunks)
+    return function(jax.tree.map(lambda x: x[0], chunks))[None]

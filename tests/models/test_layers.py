@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from samjax.models import MODELS, Prompts, Sam, SamConfig, TinyVitConfig, VitConfig, windows
-from samjax.models.attention import attend_map, relative_table, rows_per_chunk
+from samjax.models.attention import attend_map, chunk_sizes, relative_table
 from samjax.models.image_encoder import resize_positions
 from samjax.models.tiny_vit import offset_indices
 from samjax.nn import (
@@ -144,12 +144,21 @@ def test_windows_pad_the_right_sides(segment_anything, size):
     np.testing.assert_array_equal(windows.unpartition(ours, 2, *size), x)
 
 
-@pytest.mark.parametrize("size", [(16, 16), (24, 40), (13, 64)])
-def test_chunked_attention_is_dense_attention(size, monkeypatch):
-    monkeypatch.setattr("samjax.models.attention.QUERIES_PER_CHUNK", 64)
+@pytest.mark.parametrize(
+    "size, scores, chunk",
+    [
+        ((6, 8), 2 * 4 * 48 * 48, (4, 6)),
+        ((6, 8), 2 * 2 * 48 * 48, (2, 6)),
+        ((16, 16), 2 * 4 * 16 * 256, (1, 4)),
+        ((24, 40), 2 * 5 * 40 * 960, (1, 4)),
+        ((13, 64), 0, (1, 1)),
+    ],
+)
+def test_chunked_attention_is_dense_attention(size, scores, chunk, monkeypatch):
+    monkeypatch.setattr("samjax.models.attention.SCORES_PER_CHUNK", scores)
     height, width = size
-    assert rows_per_chunk(height, width) < height
-    q, k, v = (normal(2, 3, height, width, 8) for _ in range(3))
+    assert chunk_sizes(2, 4, height, width) == chunk
+    q, k, v = (normal(2, 4, height, width, 8) for _ in range(3))
     tables = normal(2 * height - 1, 8), normal(2 * width - 1, 8)
 
     def run(kind):
@@ -166,7 +175,7 @@ def test_chunked_attention_is_dense_attention(size, monkeypatch):
 
 
 def test_chunked_attention_holds_fewer_scores():
-    shape = jax.ShapeDtypeStruct((1, 2, 64, 64, 16), jnp.float32)
+    shape = jax.ShapeDtypeStruct((1, 4, 64, 64, 16), jnp.float32)
     table = jax.ShapeDtypeStruct((127, 16), jnp.float32)
 
     def memory(kind):
