@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from samjax.data.examine import Contents, Entry, Problem, Severity, lister
+from samjax.data.sources import Objects, open_source
 from samjax.data.splits import DEFAULT_FRACTIONS, SPLITS, Fractions, check_split
 from samjax.data.walk import Track, untracked, walk
 
@@ -54,22 +55,26 @@ def check(
     *,
     seed: int = 0,
     fractions: Fractions = DEFAULT_FRACTIONS,
+    objects: Objects = "together",
+    classes: tuple[str, ...] = (),
     track: Track = untracked,
 ) -> Report:
     """Checks one split of a dataset, or all that there are, whatever its kind.
 
     The arguments are those of `samjax.data.sources.open_source`. Errors: files without a partner,
     files that cannot be read, sizes that differ, faults in a JSON, and an image that is in several
-    splits, so that a test would not be one. Warnings: empty masks, masks of more than two values
-    (with what becomes of them), splits that cannot be opened where others can. Notes: an image that
-    is several times in a split. Images are the same where their decoded pixels are equal, whatever
-    their files are.
+    splits, so that a test would not be one; and a split that is well but cannot be opened with
+    these objects and classes. Warnings: empty masks, masks of more than two values (with what
+    becomes of them), splits that cannot be opened where others can. Notes: an image that is several
+    times in a split. Images are the same where their decoded pixels are equal, whatever their files
+    are.
 
     Raises ValueError for a split that there cannot be, and RuntimeError where a package that the
     data needs is not installed; whatever is wrong with the data is in the report.
     """
     splits = SPLITS if split is None else (check_split(split),)
-    list_split = lister(data, seed, fractions)
+    is_chosen = objects == "each" or bool(classes)
+    list_split = lister(data, seed, fractions, is_chosen)
     opened: dict[str, Contents] = {}
     closed: list[str] = []
     for name in splits:
@@ -79,7 +84,13 @@ def check(
             closed.append(str(error))
     problems = [Problem("warning" if opened else "error", CLOSED, text) for text in closed]
     entries = []
-    for contents in opened.values():
+    options: dict[str, Any] = {"seed": seed, "fractions": fractions, "track": track}
+    for name, contents in opened.items():
+        if is_chosen and not contents.problems:
+            try:
+                open_source(data, name, objects=objects, classes=classes, **options)
+            except ValueError as error:
+                problems.append(Problem("error", CLOSED, str(error)))
         problems += contents.problems
         entries += contents.entries
     digests: list[bytes | None] = []

@@ -70,8 +70,13 @@ class Contents:
     problems: list[Problem]
 
 
-def lister(data: str, seed: int, fractions: Fractions) -> Callable[[str], Contents]:
-    """A function that lists a split of the data; it raises ValueError for one that is closed."""
+def lister(
+    data: str, seed: int, fractions: Fractions, as_labels: bool
+) -> Callable[[str], Contents]:
+    """A function that lists a split of the data; it raises ValueError for one that is closed.
+
+    `as_labels` reads `masks/` as label images, which they are where objects or classes are chosen.
+    """
     root = Path(data).expanduser()
     if not root.exists():
         return lambda split: _list_source(
@@ -80,7 +85,7 @@ def lister(data: str, seed: int, fractions: Fractions) -> Callable[[str], Conten
     if coco.is_coco(root):
         read = functools.cache(read_coco)  # one JSON may hold all splits
         return lambda split: _list_coco(root, split, seed, fractions, read)
-    return lambda split: _list_folder(root, split, seed, fractions)
+    return lambda split: _list_folder(root, split, seed, fractions, as_labels)
 
 
 def _list_source(split: str, source: Dataset) -> Contents:
@@ -99,7 +104,9 @@ def _list_source(split: str, source: Dataset) -> Contents:
     return Contents(entries, [])
 
 
-def _list_folder(root: Path, split: str, seed: int, fractions: Fractions) -> Contents:
+def _list_folder(
+    root: Path, split: str, seed: int, fractions: Fractions, as_labels: bool
+) -> Contents:
     place, is_flat = folder.find_folder(root, split)
     listing = folder.list_folder(place)
     problems = [
@@ -113,17 +120,17 @@ def _list_folder(root: Path, split: str, seed: int, fractions: Fractions) -> Con
         Entry(
             split,
             str(pairs[name].image.relative_to(root)),
-            functools.partial(_examine_pair, pairs[name], root),
+            functools.partial(_examine_pair, pairs[name], root, as_labels),
         )
         for name in names
     ]
     return Contents(entries, problems)
 
 
-def _examine_pair(pair: folder.Pair, root: Path) -> Examined:
+def _examine_pair(pair: folder.Pair, root: Path, as_labels: bool) -> Examined:
     problems: list[Problem] = []
     image = _attempt(lambda: read_image(pair.image), UNREADABLE, problems)
-    truth = _attempt(lambda: _read_truth(pair.truth), UNREADABLE, problems)
+    truth = _attempt(lambda: _read_truth(pair.truth, as_labels), UNREADABLE, problems)
     if truth is not None:
         mask, notice = truth
         if image is not None:
@@ -136,9 +143,9 @@ def _examine_pair(pair: folder.Pair, root: Path) -> Examined:
     return Examined(None if image is None else _digest(image), problems)
 
 
-def _read_truth(file: Path) -> tuple[np.ndarray, str | None]:
+def _read_truth(file: Path, as_labels: bool) -> tuple[np.ndarray, str | None]:
     """The mask of all objects, and what should be known about it."""
-    if file.parent.name != folder.LABELS:
+    if file.parent.name != folder.LABELS and not as_labels:
         return read_mask(file)
     labels = read_labels(file)
     has_void = (labels == VOID).any() and ((labels > 0) & (labels != VOID)).any()

@@ -17,8 +17,8 @@ class CheckData:
     """Reads a whole dataset and names what is wrong with it; exit code 1 where there are errors.
 
     Errors: files without a partner or that cannot be read, sizes that differ, faults in a COCO
-    JSON, and images that are in several splits (by their decoded pixels). Warnings: empty masks,
-    masks of more than two values, missing splits.
+    JSON, objects and classes that cannot be had, and images that are in several splits (by their
+    decoded pixels). Warnings: empty masks, masks of more than two values, missing splits.
 
     Example: samjax check-data my_images
     """
@@ -31,6 +31,10 @@ class CheckData:
     """Seed of the splits, where the data has none of its own."""
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     """Shares of the splits, where the data has none of its own."""
+    objects: Literal["together", "each"] = "together"
+    """As for `samjax train`: each, where every object is to be a sample of its own."""
+    classes: tuple[str, ...] = ()
+    """As for `samjax train`: the categories or labels that are to count; left out, all."""
     json: bool = False
     """Print one JSON object with every problem, on one line, last on stdout."""
 
@@ -43,6 +47,8 @@ class CheckData:
             self.split,
             seed=self.seed,
             fractions=self.fractions,
+            objects=self.objects,
+            classes=self.classes,
             track=progress_on(console),
         )
         for line in report.lines():

@@ -126,6 +126,30 @@ def test_label_images(tmp_path):
     assert second == ("warning", "empty masks", "train/labels/c.png")
 
 
+def test_objects_and_classes(tmp_path):
+    soft = np.array([[0, 0, 0, 255, 255, 255]] * 4, np.uint8).repeat(5, axis=1)
+    soft[0, 14] = 100
+    write_pair(tmp_path / "train", "a", 0, [[0, 1, 2, 9]] * 4)
+    write_pair(tmp_path / "test", "b", 1, soft)
+    write(tmp_path / "test/images/b.png", np.zeros((*soft.shape, 3)))
+    assert [p[1:] for p in found(tmp_path, "train")] == [
+        (
+            "masks with more than two values",
+            "train/masks/a.png is a label image: every label above 0 becomes the object",
+        )
+    ]
+    assert found(tmp_path, "train", objects="each", classes=("9",)) == []
+    (severity, _, detail), void = found(tmp_path, "test", objects="each")
+    assert "holds 255, often void" in void[2]
+    assert severity == "error" and "test/masks/b.png looks like a mask with soft edges" in detail
+    ((severity, _, detail),) = found(tmp_path, "train", classes=("8",))
+    assert severity == "error" and "holds the class 8; the nearest label is 9" in detail
+    # What is wrong before is not said twice.
+    (tmp_path / "train/images/a.png").rename(tmp_path / "train/images/c.png")
+    kinds = [kind for _, kind, _ in found(tmp_path, "train", objects="each")]
+    assert kinds == ["images without a mask", "masks without an image"]
+
+
 @pytest.mark.parametrize("make", [lambda root: None, lambda root: (root / "images").mkdir()])
 def test_data_that_cannot_be_opened(tmp_path, make):
     make(tmp_path)
@@ -217,6 +241,8 @@ def test_the_command_line(dataset, capsys):
     printed = capsys.readouterr()
     assert "warning: splits that cannot be opened (1)" in printed.err
     assert printed.out == "images: train 2, test 2\nerrors: 0\nwarnings: 1\nnotes: 0\n"
+    assert main(["check-data", str(dataset), "--objects", "each", "--classes", "7", "8"]) == 1
+    assert "holds the class 7; the nearest label is 255" in capsys.readouterr().err
     (dataset / "test/masks/c.png").unlink()
     assert main(["check-data", str(dataset), "--split", "test", "--json"]) == 1
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
