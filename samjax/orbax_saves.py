@@ -1,4 +1,4 @@
-"""What Orbax does where a save fails: it talks, and what it has begun goes on for a moment."""
+"""What Orbax does where it fails: it talks, and a save that it has begun goes on for a moment."""
 
 from __future__ import annotations
 
@@ -33,15 +33,17 @@ def clean_save(parts: Callable[[], Sequence[Path]]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Leaves only what is raised: Orbax's threads log it too, each with a traceback, and
+    """Leaves only what is raised: Orbax's threads and tasks log it too, each with a traceback, and
     TensorStore complains of event loops that the first error has closed.
     """
-    log, hook = logging.getLogger("absl"), sys.unraisablehook
-    level = log.level
-    log.setLevel(logging.CRITICAL)
+    logs, hook = [logging.getLogger(name) for name in ("", "absl", "asyncio")], sys.unraisablehook
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None
     try:
         yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
         sys.unraisablehook = hook

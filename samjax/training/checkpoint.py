@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import gc
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,14 @@ import jax
 import numpy as np
 
 from samjax.files import error_number
+from samjax.hashes import is_sealed, params_sha256, sealed
 from samjax.orbax_saves import clean_save, silence
 from samjax.training.step import TrainState
 
 _NEWEST = 2
+
+# Of a disk or of a user's rights, where the checkpoint itself may be whole.
+_UNREADABLE = frozenset({errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,20 +42,29 @@ class Checkpoints:
 
     What a validation measured lies in the checkpoint of its step, so that the two cannot come
     apart. The best is the highest `metric`, and of several such the first.
+
+    Each carries a sealed record: the hash of its leaves, what a validation measured, and which
+    checkpoint was the best then. So damage to the newest or to the best is known: ValueError, here
+    or from `restore`. Others are not looked at, since a kill leaves some half deleted.
     """
 
     def __init__(self, directory: Path, metric: str = "dice") -> None:
         from orbax.checkpoint import v1 as ocp
 
         self._directory = directory.absolute()
-        self._metric = metric
         self._failed = False
-        self._ocp = ocp.training.Checkpointer(
-            self._directory,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=_NewestAndBest(metric),
-            cleanup_tmp_directories=True,
-        )
+        self._records = _Records(metric)
+        unread = self._read_records()
+
+        def start() -> Any:
+            return ocp.training.Checkpointer(
+                self._directory,
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                preservation_policy=_NewestAndBest(self._records),
+                cleanup_tmp_directories=True,
+            )
+
+        self._ocp = self._read(unread[0], start) if unread else start()
 
     def save(self, state: TrainState, metrics: dict[str, float] | None = None) -> None:
         """Saves a state, unless one of its step is there; returns once it is on disk.
@@ -61,24 +77,25 @@ class Checkpoints:
         if self._ocp.latest is not None and self._ocp.latest.step >= step:
             return
         leaves = {k: np.asarray(v) for k, v in _flatten(state).items()}
+        record = self._records.add(step, params_sha256(leaves), metrics)
         with self._failures_of(step):
-            if not self._ocp.save(step, leaves, force=True, metrics=metrics):
-                raise RuntimeError("Orbax declined")
+            if not self._ocp.save(step, leaves, force=True, custom_metadata=record):
+                raise RuntimeError(f"Orbax declined to save step {step}")
 
     def best(self) -> Best | None:
         """The checkpoint of the best validation so far; None where there was none."""
-        found = _best(self._ocp.checkpoints, self._metric)
-        return None if found is None else Best(found.step, dict(found.metrics))
+        return self._records.best(self._steps())
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState | None:
         """The state of a step, or the newest; None where there is none.
 
-        Raises ValueError where it belongs to a run with other trained leaves.
+        Raises ValueError where it is damaged, or belongs to a run with other trained leaves.
         """
         if self._ocp.latest is None:
             return None
+        step = self._ocp.latest.step if step is None else step
+        leaves = self._read(step, lambda: self._load(step))
         expected = _flatten(like)
-        leaves = self._ocp.load(self._ocp.latest.step if step is None else step)
         if leaves.keys() != expected.keys() or any(
             np.shape(leaves[k]) != np.shape(v) for k, v in expected.items()
         ):
@@ -97,38 +114,129 @@ class Checkpoints:
         with silence(), contextlib.suppress(Exception):  # it raises the same once more
             self._ocp.close()
 
+    def _steps(self) -> list[int]:
+        return [checkpoint.step for checkpoint in self._ocp.checkpoints]
+
+    def _load(self, step: int) -> dict[str, Any]:
+        leaves = self._ocp.load(step)
+        if params_sha256(leaves) != self._records.state_sha256(step):
+            raise ValueError("these are other leaves than were saved")
+        return leaves
+
+    def _read_records(self) -> list[int]:
+        """Reads the record of each checkpoint; returns the steps of those that have none.
+
+        That of the newest says which other one matters. Raises as `_read` for these two.
+        """
+        from orbax.checkpoint import v1 as ocp
+
+        def read() -> None:
+            self._records.read(step, ocp.metadata(self._directory / str(step)).custom_metadata)
+
+        names = os.listdir(self._directory) if self._directory.is_dir() else []
+        steps = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+        unread = []
+        for step in steps:
+            try:
+                self._read(step, read)
+            except (OSError, ValueError):
+                if step in (steps[0], self._records.best_step(steps[0])):
+                    raise
+                unread.append(step)
+        return unread
+
+    def _read(self, step: int, read: Callable[[], Any]) -> Any:
+        """What `read` returns; what it raises of a damaged checkpoint, of any type, in a sentence.
+
+        The error is not chained: it holds tasks of Orbax that complain when they are collected.
+        """
+        with silence():
+            try:
+                return read()
+            except Exception as error:
+                failure = self._told(step, error)
+            time.sleep(0.1)  # its other readers go on after the first has failed
+            gc.collect()
+        raise failure
+
+    def _told(self, step: int, error: Exception) -> Exception:
+        where = f"the checkpoint of step {step} in {self._directory}"
+        number = error_number(error)
+        if number in _UNREADABLE:
+            return OSError(f"{where} cannot be read ({os.strerror(number)}): make it readable")
+        return ValueError(
+            f"{where} is damaged: delete that folder, {self._directory / str(step)}, and --resume "
+            "goes on from the one before"
+        )
+
     @contextlib.contextmanager
     def _failures_of(self, step: int) -> Iterator[None]:
-        """Turns what Orbax raises, of many types, into one sentence; leaves no half of a save."""
+        """Says in one sentence what the disk refuses; in any case, leaves no half of a save."""
         try:
             with clean_save(lambda: list(self._directory.glob(f"{step}.*"))):
                 yield
         except Exception as error:
             self._failed = True
             number = error_number(error)
-            reason = str(error).splitlines()[0] if number is None else os.strerror(number)
+            if number is None:
+                raise
             raise OSError(
-                f"the checkpoint of step {step} cannot be written to {self._directory} ({reason}): "
-                "free space there, or make it writable, and go on with --resume from the one before"
+                f"the checkpoint of step {step} cannot be written to {self._directory} "
+                f"({os.strerror(number)}): free space there, or make it writable, and go on with "
+                "--resume from the one before"
             ) from error
+
+
+class _Records:
+    """What each checkpoint says of itself, by step."""
+
+    def __init__(self, metric: str) -> None:
+        self._metric = metric
+        self._of: dict[int, dict[str, Any]] = {}
+
+    def add(self, step: int, sha256: str, metrics: dict[str, float] | None) -> dict[str, Any]:
+        """The record of a new checkpoint."""
+        record = {"step": step, "state_sha256": sha256, "metrics": metrics}
+        self._of[step] = record
+        best = self.best(self._of)
+        self._of[step] = sealed({**record, "best": None if best is None else best.step})
+        return self._of[step]
+
+    def read(self, step: int, record: Any) -> None:
+        """Takes up the record of a checkpoint on disk. Raises ValueError where it was changed."""
+        if not isinstance(record, dict) or not is_sealed(record) or record["step"] != step:
+            raise ValueError("this is no record of that step")
+        self._of[step] = record
+
+    def best(self, steps: Iterable[int]) -> Best | None:
+        """The best of these checkpoints; None where none was validated."""
+        metrics = {step: self._of[step]["metrics"] for step in steps if step in self._of}
+        measured = [step for step, values in metrics.items() if values]
+        if not measured:
+            return None
+        step = max(measured, key=lambda step: (metrics[step][self._metric], -step))
+        return Best(step, dict(metrics[step]))
+
+    def best_step(self, step: int) -> int | None:
+        """Which checkpoint was the best when that of `step`, if it is known, was saved."""
+        return self._of[step]["best"] if step in self._of else None
+
+    def state_sha256(self, step: int) -> str:
+        """The hash of a checkpoint's leaves. Raises KeyError where it is not known."""
+        return self._of[step]["state_sha256"]
 
 
 class _NewestAndBest:
     """What Orbax does not delete: the newest checkpoints and the one of the best validation."""
 
-    def __init__(self, metric: str) -> None:
-        self._metric = metric
+    def __init__(self, records: _Records) -> None:
+        self._records = records
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
         steps = sorted(checkpoint.step for checkpoint in checkpoints)
-        best = _best(checkpoints, self._metric)
+        best = self._records.best(steps)
         kept = {*steps[-_NEWEST:], *([] if best is None else [best.step])}
         return [checkpoint.step in kept for checkpoint in checkpoints]
-
-
-def _best(checkpoints: Sequence[Any], metric: str) -> Any:
-    measured = [checkpoint for checkpoint in checkpoints if checkpoint.metrics]
-    return max(measured, key=lambda c: (c.metrics[metric], -c.step), default=None)
 
 
 def _flatten(state: TrainState) -> dict[str, Any]:
