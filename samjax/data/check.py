@@ -64,10 +64,10 @@ def check(
     The arguments are those of `samjax.data.sources.open_source`. Errors: files without a partner,
     files that cannot be read, sizes that differ, faults in a JSON, and an image that is in several
     splits, so that a test would not be one; and a split that is well but cannot be opened with
-    these objects and classes. Warnings: empty masks, masks of more than two values (with what
-    becomes of them), splits that cannot be opened where others can. Notes: an image that is several
-    times in a split. Images are the same where their decoded pixels are equal, whatever their files
-    are.
+    these objects and classes. Warnings: empty masks and tiny objects, masks of more than two
+    values (with what becomes of them), splits that cannot be opened where others can. Notes: an
+    image that is several times in a split. Images are the same where their decoded pixels are
+    equal, whatever their files are.
 
     Raises ValueError for a split that there cannot be, and RuntimeError where a package that the
     data needs is not installed; whatever is wrong with the data is in the report.

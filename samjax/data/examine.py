@@ -30,6 +30,10 @@ SIZES = "sizes that differ"
 EMPTY = "empty masks"
 VALUES = "masks with more than two values"
 
+# Most models' input; see `samjax.preprocess.prepare_mask` for what becomes of tiny objects.
+LONGEST_SIDE = 1024
+TINY = f"objects smaller than a pixel of an input of {LONGEST_SIDE} pixels"
+
 # Label images often mark pixels that do not count with this value.
 VOID = 255
 
@@ -94,8 +98,8 @@ def _list_source(split: str, source: Dataset) -> Contents:
     def examine(index: int) -> Examined:
         problems: list[Problem] = []
         sample = _attempt(lambda: source[index], UNREADABLE, problems)
-        if sample is not None and not sample.mask.any():
-            problems.append(Problem("warning", EMPTY, f"{sample.name} ({split})"))
+        if sample is not None:
+            problems += _check_extent(sample.mask, f"{sample.name} ({split})")
         return Examined(None if sample is None else _digest(sample.image), problems)
 
     entries = [
@@ -136,8 +140,7 @@ def _examine_pair(pair: folder.Pair, root: Path, as_labels: bool) -> Examined:
         if image is not None:
             _attempt(lambda: folder.check_pair(pair, image.shape[:2], mask.shape), SIZES, problems)
         name = pair.truth.relative_to(root)
-        if not mask.any():
-            problems.append(Problem("warning", EMPTY, str(name)))
+        problems += _check_extent(mask, str(name))
         if notice:
             problems.append(Problem("warning", VALUES, f"{name} {notice}"))
     return Examined(None if image is None else _digest(image), problems)
@@ -182,12 +185,19 @@ def _examine_coco(part: coco.CocoSplit, image: CocoImage) -> Examined:
         for annotation in image.annotations:
             item = coco.Item(image.name, image, (annotation,))
             mask = _attempt(functools.partial(part.mask, item), UNREADABLE, problems)
-            if mask is not None and not mask.any():
-                detail = f"annotation {annotation.id} of {image.file}"
-                problems.append(Problem("warning", EMPTY, detail))
+            if mask is not None:
+                problems += _check_extent(mask, f"annotation {annotation.id} of {image.file}")
         if not image.annotations:
             problems.append(Problem("warning", EMPTY, f"{image.file} has no annotations"))
     return Examined(_digest(pixels), problems)
+
+
+def _check_extent(mask: np.ndarray, name: str) -> list[Problem]:
+    """A warning for a mask without a pixel in the image, or with less than one in the input."""
+    if not mask.any():
+        return [Problem("warning", EMPTY, name)]
+    is_tiny = mask.sum() * (LONGEST_SIDE / max(mask.shape)) ** 2 < 1
+    return [Problem("warning", TINY, name)] if is_tiny else []
 
 
 def _attempt(read: Callable[[], T], kind: str, problems: list[Problem]) -> T | None:

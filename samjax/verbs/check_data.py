@@ -18,7 +18,8 @@ class CheckData:
 
     Errors: files without a partner or that cannot be read, sizes that differ, faults in a COCO
     JSON, objects and classes that cannot be had, and images that are in several splits (by their
-    decoded pixels). Warnings: empty masks, masks of more than two values, missing splits.
+    decoded pixels). Warnings: empty masks, tiny objects, masks of more than two values, missing
+    splits.
 
     Example: samjax check-data my_images
     """

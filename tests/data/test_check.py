@@ -150,6 +150,22 @@ def test_objects_and_classes(tmp_path):
     assert kinds == ["images without a mask", "masks without an image"]
 
 
+def test_tiny_objects(tmp_path):
+    # Two pixels of an image become one along a side of 1024.
+    for name, area in (("a", 3), ("b", 4)):
+        mask = np.zeros((10, 2048), np.uint8)
+        mask[3, 5 : 5 + area] = 255
+        write(tmp_path / f"train/images/{name}.png", np.full((10, 2048, 3), area))
+        write(tmp_path / f"train/masks/{name}.png", mask)
+    assert found(tmp_path, "train") == [
+        (
+            "warning",
+            "objects smaller than a pixel of an input of 1024 pixels",
+            "train/masks/a.png",
+        )
+    ]
+
+
 @pytest.mark.parametrize("make", [lambda root: None, lambda root: (root / "images").mkdir()])
 def test_data_that_cannot_be_opened(tmp_path, make):
     make(tmp_path)
