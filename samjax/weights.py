@@ -8,6 +8,7 @@ damaged checkpoint is refused.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from samjax.files import check_parent, write_beside
 from samjax.foreign import contradiction, read_foreign, write_huggingface, write_meta
 from samjax.hashes import file_sha256, is_sealed, params_sha256, sealed
 from samjax.models import SamConfig
+from samjax.models.configs import is_of_before
 from samjax.orbax_saves import clean_save
 from weights_convert import CheckpointError
 from weights_convert.errors import told
 from weights_convert.hf_config import check_supported
 from weights_convert.hf_folder import is_hf_folder
 
+_LOG = logging.getLogger("samjax")
 Params = dict[str, Any]  # nested; the leaves are arrays
 PathLike = str | os.PathLike[str]
 FORMATS = ("samjax", "meta", "hf")
@@ -47,10 +50,18 @@ def read_weights(
     """
     path = resolve(path)
     if not path.is_dir() or is_hf_folder(path):
-        return read_foreign(path, model, prefer)
-    config, params = load_checkpoint(path)
-    if model not in (None, config.name):
-        raise CheckpointError(f"{path}: {contradiction(config.name, model)}")
+        config, params = read_foreign(path, model, prefer)
+    else:
+        config, params = load_checkpoint(path)
+        if model not in (None, config.name):
+            raise CheckpointError(f"{path}: {contradiction(config.name, model)}")
+    if is_of_before(config):
+        _LOG.warning(
+            "%s keeps the preprocessing that %s had in the samjax that wrote it; for today's, "
+            "convert the original weights again",
+            path,
+            config.name,
+        )
     return config, params
 
 

@@ -217,3 +217,26 @@ def test_an_adapter_knows_which(plain, tmp_path, small_params):
     save_checkpoint(tmp_path / "w", MODELS["small"], small_params)
     with pytest.raises(ValueError, match="same layers but another preprocessing"):
         samjax.load_adapted(tmp_path / "w", adapter)
+
+
+@pytest.mark.parametrize("name", ["w", "w.safetensors", "hf"])
+def test_a_preprocessing_of_before_is_kept_with_a_notice(
+    tmp_path, small_config, small_params, monkeypatch, caplog, name
+):
+    kinds = {"w": "samjax", "w.safetensors": "meta", "hf": "hf"}
+    path = tmp_path / name
+    write_weights(path, small_config, small_params, kinds[name])
+    config = small_config.with_image_size(96)
+    write_weights(tmp_path / f"96{name}", config, small_params, kinds[name])
+    for today in (small_config, config):  # another input size is not another preprocessing
+        monkeypatch.setitem(MODELS, "small", today)
+        assert read_weights(path)[0] == small_config
+        read_weights(tmp_path / f"96{name}")
+    assert not caplog.records
+    today = dataclasses.replace(small_config, normalization="min_max")
+    monkeypatch.setitem(MODELS, "small", today)
+    assert read_weights(path)[0] == small_config
+    assert [record.message for record in caplog.records] == [
+        f"{path} keeps the preprocessing that small had in the samjax that wrote it; for today's, "
+        "convert the original weights again"
+    ]

@@ -213,3 +213,11 @@ MODELS: dict[str, SamConfig] = {
         pixel_std=(1.0, 1.0, 1.0),
     ),
 }
+
+
+def is_of_before(config: SamConfig) -> bool:
+    """True where `MODELS` has that model with another preprocessing: an earlier samjax wrote it."""
+    today = MODELS.get(config.name)
+    if today is None or today.architecture != config.architecture:
+        return False
+    return dataclasses.replace(today, image_size=config.image_size) != config

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from samjax.files import write_beside
 from samjax.hashes import is_sealed, params_sha256, sealed
-from samjax.models.configs import SamConfig
+from samjax.models.configs import SamConfig, is_of_before
 from samjax.models.sam import Sam
 from samjax.peft.report import report
 from samjax.peft.spec import PeftSpec, attach, check_sites, partition, resolve, trainable
@@ -193,12 +193,23 @@ def _check_model(theirs: SamConfig, ours: SamConfig, name: str) -> None:
             f"{name} was trained in {shown(theirs.name)}, and these weights are {ours.name}, which "
             "is built differently; pass the weights that it was trained on"
         )
-    if dataclasses.replace(theirs, image_size=0) != dataclasses.replace(ours, image_size=0):
+    if dataclasses.replace(theirs, image_size=0) == dataclasses.replace(ours, image_size=0):
+        return
+    if theirs.name != ours.name:
         raise ValueError(
             f"{name} was trained in {shown(theirs.name)}, and these weights are {ours.name}, which "
             "has the same layers but another preprocessing; pass the weights that it was trained "
             f"on, or if they are these, convert them with --model {shown(theirs.name)}"
         )
+    if is_of_before(ours):
+        raise ValueError(
+            f"{name} does not fit these weights, which an earlier samjax converted: its "
+            f"preprocessing for {ours.name} was another; convert the original weights again"
+        )
+    raise ValueError(
+        f"{name} was trained with an earlier samjax, whose preprocessing for {ours.name} was "
+        "another; train it again"
+    )
 
 
 def describe(adapter: Adapter, model: Sam) -> str:
