@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Num
+from jaxtyping import Float32, Shaped
 
 from samjax.models import Prompts, Sam
-from samjax.predictor import encode
+from samjax.predictor import PROMPTS_PER_BATCH, encode
 from samjax.preprocess import MASK_THRESHOLD, check_image, postprocess_masks, prepare_image
 from samjax.prompting import Prompt, assemble, check_prompt
 
@@ -20,7 +20,7 @@ class Prediction(NamedTuple):
     """Masks for one prompt; c is 3 with `multimask_output` and 1 without."""
 
     # At the image's own size: bool, or float32 logits with `return_logits`.
-    masks: Num[np.ndarray, "c h w"]
+    masks: Shaped[np.ndarray, "c h w"]
     iou_predictions: Float32[np.ndarray, " c"]
     # What `Prompt.mask_input` takes, one of them, to refine a prediction.
     low_res_logits: Float32[np.ndarray, "c lh lw"]
@@ -36,7 +36,7 @@ def predict_batch(
     multimask_output: bool = False,
     return_logits: bool = False,
     images_per_batch: int = 4,
-    prompts_per_batch: int = 64,
+    prompts_per_batch: int = PROMPTS_PER_BATCH,
 ) -> list[list[Prediction]]:
     """One list of predictions for each image, one prediction for each of its prompts.
 

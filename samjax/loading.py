@@ -59,7 +59,13 @@ def load_adapted(
     sam = Sam(config, attention, jnp.dtype(dtype))
     params, records = peft_lib.apply(file, sam, params, str(adapter))
     _LOG.info("%s: %s", adapter, peft_lib.describe(file, sam))
+    if file.metadata.get("multimask") is False and _trains_decoder(file):
+        _LOG.info("%s: only the single mask was trained; leave out multimask_output", adapter)
     return sam, params, records
+
+
+def _trains_decoder(file: peft_lib.Adapter) -> bool:
+    return any(name.startswith("params/mask_decoder/") for name in file.tensors)
 
 
 def _read(

@@ -11,7 +11,10 @@ import numpy as np
 
 from samjax import preprocess
 from samjax.models import Prompts, Sam
-from samjax.prompting import Prompt, assemble
+from samjax.prompting import Prompt, assemble, check_prompt
+
+# Prompts that are decoded at once: each holds a few dense maps of the image embedding's size.
+PROMPTS_PER_BATCH = 64
 
 
 class SamPredictor:
@@ -104,13 +107,20 @@ class SamPredictor:
         size, config = self._require_image(), self.model.config
         if not prompts:
             raise ValueError("prompts is empty; for no points, boxes and masks give [Prompt()]")
-        batch = assemble(prompts, [size] * len(prompts), config)
-        logits, iou = decode(self.model, self._variables, self._embedding, batch)
-        chosen = slice(1, None) if multimask_output else slice(0, 1)
-        logits, iou = logits[: len(prompts), chosen], iou[: len(prompts), chosen]
-        full = preprocess.postprocess_masks(logits, config.frame, size)
-        full = full if return_logits else full > preprocess.MASK_THRESHOLD
-        return np.asarray(full), np.asarray(iou), np.asarray(logits)
+        for prompt in prompts:
+            check_prompt(prompt, size, config)
+        parts = []
+        for start in range(0, len(prompts), PROMPTS_PER_BATCH):
+            some = prompts[start : start + PROMPTS_PER_BATCH]
+            batch = assemble(some, [size] * len(some), config)
+            logits, iou = decode(self.model, self._variables, self._embedding, batch)
+            chosen = slice(1, None) if multimask_output else slice(0, 1)
+            logits, iou = logits[: len(some), chosen], iou[: len(some), chosen]
+            full = preprocess.postprocess_masks(logits, config.frame, size)
+            full = full if return_logits else full > preprocess.MASK_THRESHOLD
+            parts.append([np.asarray(x) for x in (full, iou, logits)])
+        masks, iou, low_res = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return masks, iou, low_res
 
     def _require_image(self) -> tuple[int, int]:
         if self.original_size is None:

@@ -228,6 +228,7 @@ def _train(
     metadata = {
         "method": config.method.method,
         "trained_prompts": dataclasses.asdict(config.prompts),
+        "multimask": config.loss.multimask,
         "eval_prompt": config.evaluation_prompt,
         "steps": fitted.kept_step,
     }

@@ -41,3 +41,21 @@ def test_an_adapter_brings_its_input_size(tmp_path, small_config, small_params, 
         said = caplog.messages.pop()
         assert said.startswith(f"{tmp_path / 'a.safetensors'}: adapter at 2 sites, ")
         assert said.endswith(" trained numbers, for small, trained at 96 px")
+
+
+@pytest.mark.parametrize(
+    ("trained", "train_decoder", "told"), [(False, True, 1), (True, True, 0), (False, False, 0)]
+)
+def test_masks_that_were_not_trained_are_told_of(
+    tmp_path, small_model, small_params, caplog, trained, train_decoder, told
+):
+    save_checkpoint(tmp_path / "w", small_model.config, small_params)
+    spec = MethodConfig(train_decoder=train_decoder).spec()
+    tree = peft.attach(spec, small_model, small_params, jax.random.key(0))
+    variables = {"params": small_params, "peft": tree}
+    file = tmp_path / "a.safetensors"
+    base = params_sha256(small_params)
+    peft.save(file, spec, small_model, variables, base, {"multimask": trained})
+    with caplog.at_level("INFO", "samjax"):
+        samjax.load_adapted(tmp_path / "w", file)
+    assert sum("only the single mask was trained" in said for said in caplog.messages) == told

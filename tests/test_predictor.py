@@ -231,3 +231,15 @@ def test_boxes_that_are_refused(predictor):
     ]:
         with pytest.raises(ValueError, match=message):
             predictor.predict_boxes(boxes)
+
+
+def test_many_boxes_are_decoded_in_parts(predictor, monkeypatch):
+    rng = np.random.default_rng(0)
+    corners = np.sort(rng.uniform(0, 1, (7, 2, 2)), axis=1) * (SIZE[1] - 1, SIZE[0] - 1)
+    boxes = corners.reshape(7, 4) + np.array([0, 0, 1, 1])
+    whole = predictor.predict_boxes(boxes, return_logits=True)
+    monkeypatch.setattr("samjax.predictor.PROMPTS_PER_BATCH", 3)
+    for part, expected in zip(
+        predictor.predict_boxes(boxes, return_logits=True), whole, strict=True
+    ):
+        np.testing.assert_allclose(part, expected, atol=1e-5 * max(1, expected.std()))

@@ -21,7 +21,7 @@ class Params:
 
     method: Annotated[MethodConfig, tyro.conf.arg(name="")]
     model: str = "vit_b"
-    """vit_b, vit_l, vit_h, vit_t (MobileSAM) or lite_medsam."""
+    """vit_b, vit_l, vit_h, medsam, vit_t (MobileSAM) or lite_medsam."""
     json: bool = False
     """Print one JSON object, on one line, last on stdout."""
 
