@@ -45,11 +45,11 @@ class Entry:
     source: str | Wheel
     # Its name in the cache.
     file: str
-    # Bytes; None where no source publishes it.
-    size: int | None
+    # Bytes.
+    size: int
     license: str
-    # Hexadecimal; None where two sources that agree were not found.
-    sha256: str | None
+    # Hexadecimal.
+    sha256: str
     # Where hash and size are published.
     citations: tuple[str, ...]
 
@@ -57,15 +57,6 @@ class Entry:
     def path(self) -> Path:
         """Where the file is, or is to be, in the cache."""
         return cache_dir() / "weights" / self.file
-
-    @property
-    def checks(self) -> str:
-        """What of the file is verified."""
-        if self.sha256 is not None:
-            return "sha256"
-        if self.size is not None:
-            return "no published hash: only the size is checked"
-        return "no published hash or size: unchecked"
 
 
 _META = "https://dl.fbaipublicfiles.com/segment_anything/"

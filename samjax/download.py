@@ -8,7 +8,6 @@ and `.NAME.verified` remembers that the file was hashed.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import json
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.filesize import decimal
 
+from samjax.hashes import file_sha256
 from samjax.terminal import download_bar
 
 try:
@@ -111,11 +111,8 @@ def _difference(file: Path, size: int | None, sha256: str | None) -> str | None:
     found = file.stat().st_size
     if size is not None and found != size:
         return f"it has {found} bytes, not {size}"
-    if sha256 is not None:
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        if digest != sha256:
-            return f"its sha256 is {digest}, not {sha256}"
+    if sha256 is not None and (digest := file_sha256(file)) != sha256:
+        return f"its sha256 is {digest}, not {sha256}"
     return None
 
 

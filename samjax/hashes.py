@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 
 def params_sha256(params: dict[str, Any]) -> str:
@@ -16,6 +15,9 @@ def params_sha256(params: dict[str, Any]) -> str:
 
     It identifies the base weights that an adapter belongs to.
     """
+    # Here, since flax brings jax, which the hash of a file does not need.
+    from flax.traverse_util import flatten_dict
+
     digest = hashlib.sha256()
     for path, leaf in sorted(flatten_dict(params, sep="/").items()):
         array = np.asarray(leaf)

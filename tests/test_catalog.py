@@ -68,13 +68,6 @@ def test_an_unknown_hash_is_of_no_model():
     assert catalog.model_by_sha256("0" * 64) is None
 
 
-def test_what_is_checked_is_said():
-    assert TINY.checks == "sha256"
-    unhashed = dataclasses.replace(TINY, sha256=None)
-    assert unhashed.checks == "no published hash: only the size is checked"
-    assert dataclasses.replace(unhashed, size=None).checks == "no published hash or size: unchecked"
-
-
 def test_an_existing_path_wins(cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()
@@ -181,8 +174,8 @@ def test_list_shows_what_is_cached(cache, capsys):
     code, out, err = call(capsys, "weights", "list")
     assert (code, err) == (0, "")
     lines = {line.split()[0]: line.split() for line in out.splitlines()}
-    assert lines["tiny"] == ["tiny", "vit_t", "7", "bytes", "CC0-1.0", "sha256", "yes"]
-    assert lines["sam_vit_h"] == ["sam_vit_h", "vit_h", "2.6", "GB", "Apache-2.0", "sha256", "no"]
+    assert lines["tiny"] == ["tiny", "vit_t", "7", "bytes", "CC0-1.0", "yes"]
+    assert lines["sam_vit_h"] == ["sam_vit_h", "vit_h", "2.6", "GB", "Apache-2.0", "no"]
     assert lines["cache:"] == ["cache:", str(cache)]
 
     code, out, err = call(capsys, "weights", "list", "--json")

@@ -58,11 +58,10 @@ def _entries() -> dict[str, dict[str, Any]]:
 
 
 def _table() -> str:
-    rows = [("name", "model", "size", "license", "verified by", "in the cache")]
+    rows = [("name", "model", "size", "license", "in the cache")]
     for name, entry in CATALOG.items():
-        size = "" if entry.size is None else decimal(entry.size)
         cached = "yes" if entry.path.exists() else "no"
-        rows.append((name, entry.model, size, entry.license, entry.checks, cached))
+        rows.append((name, entry.model, decimal(entry.size), entry.license, cached))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     folder = next(iter(CATALOG.values())).path.parent
