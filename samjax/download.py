@@ -24,12 +24,8 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from samjax.hashes import file_sha256
+from samjax.lock import try_lock, wait_lock
 from samjax.terminal import download_bar
-
-try:
-    import fcntl
-except ImportError:  # Windows, where two processes that download one file are not kept apart
-    fcntl = None
 
 # Seconds that a server may take to answer, or to send the next bytes.
 TIMEOUT = 30.0
@@ -246,14 +242,9 @@ def _name(error: Exception) -> str:
 def _lock(path: Path, console: Console) -> Iterator[None]:
     """Holds the right to download `path`; the system takes it from a process that ends."""
     with _beside(path, "lock").open("ab") as stream:
-        if fcntl is not None:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                console.print(f"another process is downloading {path.name}; waiting for it")
-                fcntl.flock(stream, fcntl.LOCK_EX)
-            except OSError:
-                pass  # a file system without locks, as some clusters have
+        if not try_lock(stream.fileno()):
+            console.print(f"another process is downloading {path.name}; waiting for it")
+            wait_lock(stream.fileno())
         yield
 
 

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import Jaxpr, JaxprEqn
+
+from samjax.jaxprs import inner_jaxprs
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> int:
@@ -39,7 +41,7 @@ def _count_equation(equation: JaxprEqn) -> int:
         out_axis = params["dimension_numbers"].rhs_spec[0]
         # The kernel's input channels are those of one group already.
         return 2 * math.prod(out.shape) * math.prod(kernel.shape) // kernel.shape[out_axis]
-    inner = [_count(jaxpr) for jaxpr in _inner_jaxprs(params)]
+    inner = [_count(jaxpr) for jaxpr in inner_jaxprs(params)]
     if name == "scan":
         return params["length"] * sum(inner)
     if name == "cond":
@@ -50,12 +52,3 @@ def _count_equation(equation: JaxprEqn) -> int:
             "write it as lax.scan, lax.map or a fori_loop with constant bounds"
         )
     return sum(inner)
-
-
-def _inner_jaxprs(params: dict[str, Any]) -> list[Jaxpr]:
-    """The programs that an equation such as a scan or a checkpoint runs."""
-    values = [
-        v for value in params.values() for v in (value if isinstance(value, tuple) else (value,))
-    ]
-    inner = [v.jaxpr if isinstance(v, ClosedJaxpr) else v for v in values]
-    return [v for v in inner if isinstance(v, Jaxpr)]

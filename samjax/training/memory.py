@@ -21,6 +21,8 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
+from samjax.jaxprs import inner_jaxprs
+
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
@@ -70,7 +72,7 @@ def _peak(jaxpr: Jaxpr, known: dict[int, int]) -> int:
     live = top = 0
     for i, equation in enumerate(jaxpr.eqns):
         made = {v: _bytes(v.aval) for v in equation.outvars}
-        inner = max((_peak(part, known) for part in _inner_jaxprs(equation.params)), default=0)
+        inner = max((_peak(part, known) for part in inner_jaxprs(equation.params)), default=0)
         # A loop stacks its outputs beside what a turn of it makes; else, inner ones are the outer.
         loops = equation.primitive.name in ("scan", "while")
         out = sum(made.values())
@@ -83,15 +85,6 @@ def _peak(jaxpr: Jaxpr, known: dict[int, int]) -> int:
                 live -= sizes.pop(v, 0)
     known[id(jaxpr)] = top
     return top
-
-
-def _inner_jaxprs(params: dict[str, Any]) -> list[Jaxpr]:
-    """The programs that an equation such as a scan or a checkpoint runs."""
-    values = [
-        v for value in params.values() for v in (value if isinstance(value, tuple) else (value,))
-    ]
-    inner = [v.jaxpr if isinstance(v, ClosedJaxpr) else v for v in values]
-    return [v for v in inner if isinstance(v, Jaxpr)]
 
 
 def _bytes(aval: Any) -> int:
