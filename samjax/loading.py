@@ -58,9 +58,9 @@ def load_adapted(
     config = config.with_image_size(image_size or file.config.image_size)
     sam = Sam(config, attention, jnp.dtype(dtype))
     params, records = peft_lib.apply(file, sam, params, str(adapter))
-    _LOG.info("%s: %s", adapter, peft_lib.describe(file, sam))
-    if file.metadata.get("multimask") is False and _trains_decoder(file):
-        _LOG.info("%s: only the single mask was trained; leave out multimask_output", adapter)
+    single = file.metadata.get("multimask") is False and _trains_decoder(file)
+    note = "; its three masks (multimask_output) were not trained" if single else ""
+    _LOG.info("%s: %s%s", adapter, peft_lib.describe(file, sam), note)
     return sam, params, records
 
 
