@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.util
-import json
 import math
 import sys
 import types
@@ -23,6 +22,7 @@ from rich.console import Console
 
 from samjax.data.augment import AugmentConfig
 from samjax.data.prompts import PromptConfig
+from samjax.files import read_record
 from samjax.peft.recipes import MethodConfig
 from samjax.training.losses import LossConfig
 from samjax.training.step import OptimizerConfig
@@ -248,7 +248,8 @@ def read_run_config(run: Path) -> Config:
     file = run / "config.json"
     if not file.is_file():
         raise ValueError(f"{run} is no run folder: it has no config.json")
+    record = read_record(file, "put a copy of it there, or start a run in another folder")
     try:
-        return Config.from_json(json.loads(file.read_text()))
+        return Config.from_json(record)
     except ValueError as error:
         raise ValueError(f"{file} cannot be read: {error}") from None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -60,6 +62,17 @@ def made_folder(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):  # it holds what others have put there
                 path.rmdir()
         raise
+
+
+def read_record(file: Path, mend: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError where it is damaged, with how to `mend` that."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise ValueError(f"{file} is damaged: {mend}")
+    return record
 
 
 def check_parent(path: Path) -> None:

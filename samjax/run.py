@@ -31,7 +31,7 @@ from samjax.data.pipeline import eval_batches
 from samjax.data.sources import Dataset, Source, is_tfds, open_source
 from samjax.evaluation.evaluate import Evaluation, evaluate
 from samjax.evaluation.gallery import draw_gallery
-from samjax.files import check_writable, write_beside, writing
+from samjax.files import check_writable, read_record, write_beside, writing
 from samjax.hashes import params_sha256
 from samjax.loading import load, load_adapted
 from samjax.lock import check_free, run_lock
@@ -128,7 +128,7 @@ def finished_run_config(run: Path, **changes: str | None) -> Config:
 
 def evaluate_run(run: Path, config: Config, split: str, console: Console) -> Evaluation:
     """Evaluates a finished run's model on one split of its data; see `finished_run_config`."""
-    return _evaluate(config, split, console, run / ADAPTER)
+    return _evaluate(config, split, console, run)
 
 
 def evaluate_weights(config: Config, split: str, console: Console) -> Evaluation:
@@ -136,10 +136,12 @@ def evaluate_weights(config: Config, split: str, console: Console) -> Evaluation
     return _evaluate(config, split, console, None)
 
 
-def _evaluate(config: Config, split: str, console: Console, adapter: Path | None) -> Evaluation:
+def _evaluate(config: Config, split: str, console: Console, run: Path | None) -> Evaluation:
     source = open_data(config, split, console)
     source.check_sizes()
-    model, variables = open_model(config, adapter)
+    if run is not None:
+        _tell_other_images(run, config, split, source, console)
+    model, variables = open_model(config, None if run is None else run / ADAPTER)
     return _evaluate_with_bar(config, model, variables, source, console, f"evaluating {split}")
 
 
@@ -155,7 +157,7 @@ def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[
     check_out(config, out, resume)
     if resume and (out / "summary.json").is_file():
         console.print(f"{out} is finished already")
-        return json.loads((out / "summary.json").read_text())
+        return read_record(out / "summary.json", "delete it, and --resume writes it anew")
     spec = config.method.spec()
     sources = {"train": open_data(config, "train", console)}
     if config.validate_every is not None:
@@ -180,7 +182,8 @@ def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[
     with run_lock(out):
         _check_folder(config, out, resume)  # another run may have come and gone since
         _write_json(out / "config.json", config.to_json())  # first: it makes this a run folder
-        _write_json(out / "inputs.json", inputs)
+        names = {"train_names": list(sources["train"].names)}
+        _write_json(out / "inputs.json", inputs | names)
         return _train(config, out, spec, model, base, base_sha256, sources, console)
 
 
@@ -202,7 +205,14 @@ def _train(
         if not path.is_file():
             title = f"evaluating {when}"
             _evaluate_with_bar(config, model, variables, test, console, title).write_csv(path)
-        result = Evaluation.read_csv(path)
+        try:
+            result = Evaluation.read_csv(path)
+            if result.names != test.names:
+                raise ValueError
+        except ValueError:
+            raise ValueError(
+                f"{path} is damaged: delete it, and --resume evaluates again"
+            ) from None
         console.print(
             f"test {when} (prompt: {config.evaluation_prompt}): "
             + ", ".join(f"{k} {v:.4f}" for k, v in result.mean.items())
@@ -269,13 +279,47 @@ def _check_inputs(out: Path, inputs: dict[str, str], config: Config) -> None:
     file = out / "inputs.json"
     if not file.is_file():
         return
-    stored = json.loads(file.read_text())
+    stored = _read_inputs(file)
     changed = [name for name, digest in inputs.items() if stored.get(name) != digest]
     if changed:
         what = config.weights if "weights" in changed else f"the {changed[0]} images"
         raise ValueError(
             f"cannot resume {out}: {what} changed since it started; restore them, or start anew in "
             "another folder"
+        )
+
+
+def _read_inputs(file: Path) -> dict[str, Any]:
+    mend = "put a copy of it there, or delete it: then nothing tells whether images have changed"
+    return read_record(file, mend)
+
+
+def _tell_other_images(
+    run: Path, config: Config, split: str, source: Dataset, console: Console
+) -> None:
+    """Says where a split is not the one that the run had, and may hold what it was trained on.
+
+    A split that the run did not have stands and falls with its training split.
+    """
+    file = run / "inputs.json"
+    if not file.is_file():
+        return
+    stored = _read_inputs(file)
+    if split in stored:
+        same = stored[split] == _names_sha256(source)
+    else:
+        same = stored.get("train") == _names_sha256(open_data(config, "train", console))
+    if same:
+        return
+    console.print(
+        f"notice: these {split} images are not those of the run, by their names: {config.data} "
+        "holds others now, or is another folder"
+    )
+    trained = set(stored.get("train_names", ())).intersection(source.names)
+    if trained and split != "train":
+        console.print(
+            f"warning: {len(trained)} of these {len(source)} images have names of images that the "
+            "run was trained on: what they measure is no test"
         )
 
 

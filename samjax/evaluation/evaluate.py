@@ -36,7 +36,10 @@ class Evaluation:
 
     def write_csv(self, path: Path) -> None:
         """One row per image: its name, then each metric."""
-        with write_beside(path) as temporary, open(temporary, "w", newline="") as file:
+        with (
+            write_beside(path) as temporary,
+            open(temporary, "w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.writer(file)
             writer.writerow(["name", *self.per_image])
             columns = [[f"{v:.6f}" for v in values] for values in self.per_image.values()]
@@ -44,12 +47,15 @@ class Evaluation:
 
     @staticmethod
     def read_csv(path: Path) -> Evaluation:
-        """The inverse of `write_csv`, up to the six decimals written."""
-        with open(path, newline="") as file:
-            header, *rows = csv.reader(file)
-        columns = list(zip(*rows, strict=True))
-        values = zip(header[1:], columns[1:], strict=True)
-        return Evaluation(columns[0], {k: np.array(v, np.float64) for k, v in values})
+        """The inverse of `write_csv`, up to the six decimals written. Raises ValueError."""
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                header, *rows = csv.reader(file)
+            columns = list(zip(*rows, strict=True))
+            values = zip(header[1:], columns[1:], strict=True)
+            return Evaluation(columns[0], {k: np.array(v, np.float64) for k, v in values})
+        except (ValueError, IndexError, csv.Error):
+            raise ValueError(f"{path} is damaged: delete it, and evaluate again") from None
 
 
 @functools.partial(jax.jit, static_argnums=0)

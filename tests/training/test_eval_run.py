@@ -54,3 +54,63 @@ def test_a_run_that_is_not_finished(run, capsys):
     (run / "adapter.safetensors").unlink()
     assert main(["eval", str(run)]) == 1
     assert "is not finished; go on with `samjax train` and --resume" in capsys.readouterr().err
+
+
+def test_images_that_are_not_the_runs(run, experiment, tmp_path, capsys):
+    """Told, not refused; and those that were trained on are counted."""
+
+    def said(*flags):
+        assert main(["eval", str(run), *flags]) == 0
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "not those of the run" not in said()
+    data = tmp_path / "data"
+    shutil.copytree(experiment.parent / "data", data)
+    for kind in ("images", "masks"):  # the test split now is 5 (as in training), 1 and new
+        folder = data / "test" / kind
+        shutil.copy(data / "train" / kind / "5.png", folder / "5.png")
+        (folder / "0.png").rename(folder / "new.png")
+    told = said("--data", str(data))
+    assert "notice: these test images are not those of the run" in told
+    assert f"{data} holds others now" in told
+    assert "warning: 2 of these 3 images have names of images that the run was trained on" in told
+    inputs = json.loads((run / "inputs.json").read_text())
+    assert inputs["train_names"] == [str(i) for i in range(7)]
+    (run / "inputs.json").write_text(json.dumps(inputs | {"train_names": []}))
+    told = said("--data", str(data))
+    assert "notice:" in told and "warning:" not in told
+    del inputs["validation"]  # as of a run without validations
+    (run / "inputs.json").write_text(json.dumps(inputs))
+    assert "notice:" not in said("--split", "validation")
+    (run / "inputs.json").write_text(json.dumps(inputs | {"train": "other"}))
+    assert "notice: these validation images" in said("--split", "validation")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    ("name", "mend"),
+    [
+        ("config.json", "put a copy of it there, or start a run in another folder"),
+        ("inputs.json", "put a copy of it there, or delete it"),
+        ("summary.json", "delete it, and --resume writes it anew"),
+        ("eval_before.csv", "delete it, and --resume evaluates again"),
+    ],
+)
+def test_damaged_files_of_a_run(run, experiment, command, capsys, name, mend, content):
+    if name != "summary.json":
+        (run / "summary.json").unlink()
+    (run / name).write_bytes(content)
+    assert main(command(experiment, run, "--resume")[3:]) == 1
+    error = capsys.readouterr().err
+    assert f"{run / name} is damaged: {mend}" in " ".join(error.split())
+    if name in ("config.json", "inputs.json"):
+        assert main(["eval", str(run)]) == 1
+        assert f"{run / name} is damaged: {mend}" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_list_of_metrics_that_was_cut(run, experiment, command, capsys):
+    (run / "summary.json").unlink()
+    file = run / "eval_before.csv"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    assert main(command(experiment, run, "--resume")[3:]) == 1
+    assert f"{file} is damaged: delete it" in capsys.readouterr().err
