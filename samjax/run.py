@@ -14,7 +14,6 @@ A `.lock` file keeps other processes out while one works in the folder.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +35,7 @@ from samjax.hashes import params_sha256
 from samjax.loading import load, load_adapted
 from samjax.lock import check_free, run_lock
 from samjax.models import MODELS, Sam
+from samjax.run_inputs import check_inputs, inputs_of, tell_other_images
 from samjax.terminal import progress_bar, progress_on
 from samjax.training.loop import fit
 from samjax.viz import save_png
@@ -140,7 +140,11 @@ def _evaluate(config: Config, split: str, console: Console, run: Path | None) ->
     source = open_data(config, split, console)
     source.check_sizes()
     if run is not None:
-        _tell_other_images(run, config, split, source, console)
+
+        def open_train() -> Dataset:
+            return open_data(config, "train", console)
+
+        tell_other_images(run, config.data, split, source, open_train, console)
     model, variables = open_model(config, None if run is None else run / ADAPTER)
     return _evaluate_with_bar(config, model, variables, source, console, f"evaluating {split}")
 
@@ -172,9 +176,8 @@ def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[
     *counts, last = (f"{len(source)} {_KINDS[name]}" for name, source in sources.items())
     console.print(f"{', '.join(counts)} and {last} images, {config.data}")
     base_sha256 = params_sha256(params)
-    inputs = {name: _names_sha256(source) for name, source in sources.items()}
-    inputs["weights"] = base_sha256
-    _check_inputs(out, inputs, config)
+    inputs = inputs_of(sources, base_sha256)
+    check_inputs(out, inputs, config)
     adapters = peft_lib.attach(spec, model, params, jax.random.key(config.seed))
     base = jax.device_put({"params": params, "peft": adapters})
     with writing(out):
@@ -182,8 +185,7 @@ def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[
     with run_lock(out):
         _check_folder(config, out, resume)  # another run may have come and gone since
         _write_json(out / "config.json", config.to_json())  # first: it makes this a run folder
-        names = {"train_names": list(sources["train"].names)}
-        _write_json(out / "inputs.json", inputs | names)
+        _write_json(out / "inputs.json", inputs)
         return _train(config, out, spec, model, base, base_sha256, sources, console)
 
 
@@ -268,59 +270,6 @@ def _open_validation(config: Config, console: Console) -> Dataset:
         return open_data(config, "validation", console)
     except ValueError as error:
         raise ValueError(f"{error}; validate_every needs this split, or leave it out") from None
-
-
-def _names_sha256(source: Dataset) -> str:
-    return hashlib.sha256("\n".join(source.names).encode()).hexdigest()
-
-
-def _check_inputs(out: Path, inputs: dict[str, str], config: Config) -> None:
-    """Raises ValueError where a resumed run would go on with other weights or images."""
-    file = out / "inputs.json"
-    if not file.is_file():
-        return
-    stored = _read_inputs(file)
-    changed = [name for name, digest in inputs.items() if stored.get(name) != digest]
-    if changed:
-        what = config.weights if "weights" in changed else f"the {changed[0]} images"
-        raise ValueError(
-            f"cannot resume {out}: {what} changed since it started; restore them, or start anew in "
-            "another folder"
-        )
-
-
-def _read_inputs(file: Path) -> dict[str, Any]:
-    mend = "put a copy of it there, or delete it: then nothing tells whether images have changed"
-    return read_record(file, mend)
-
-
-def _tell_other_images(
-    run: Path, config: Config, split: str, source: Dataset, console: Console
-) -> None:
-    """Says where a split is not the one that the run had, and may hold what it was trained on.
-
-    A split that the run did not have stands and falls with its training split.
-    """
-    file = run / "inputs.json"
-    if not file.is_file():
-        return
-    stored = _read_inputs(file)
-    if split in stored:
-        same = stored[split] == _names_sha256(source)
-    else:
-        same = stored.get("train") == _names_sha256(open_data(config, "train", console))
-    if same:
-        return
-    console.print(
-        f"notice: these {split} images are not those of the run, by their names: {config.data} "
-        "holds others now, or is another folder"
-    )
-    trained = set(stored.get("train_names", ())).intersection(source.names)
-    if trained and split != "train":
-        console.print(
-            f"warning: {len(trained)} of these {len(source)} images have names of images that the "
-            "run was trained on: what they measure is no test"
-        )
 
 
 def with_absolute_paths(config: Config) -> Config:
