@@ -1,14 +1,13 @@
 r"""Polyps in endoscopy: MobileSAM on Kvasir-SEG with LoRA and the mask decoder, without a prompt.
 
-Data: Kvasir-SEG (Jha et al. 2020; research and education only), as `--data FOLDER` with
-`train/`, `validation/` and `test/` folders, each with `images/` and `masks/`, or with `images/` and
-`masks/` alone, which are split 80/10/10 by seed. Weights: MobileSAM, as `--weights FILE`.
+Data: Kvasir-SEG (Jha et al. 2020; research and education only), as `--data tfds:kvasir_seg` after
+`samjax data prepare kvasir_seg`, or as a folder; any other data serves as well. Weights: MobileSAM.
 
-    samjax train experiments/kvasir_lora.py --weights mobile_sam.pt --data Kvasir-SEG
-    samjax eval experiments/kvasir_lora.py --weights mobile_sam.pt --data Kvasir-SEG \
+    samjax train experiments/kvasir_lora.py --weights mobile_sam --data Kvasir-SEG
+    samjax eval experiments/kvasir_lora.py --weights mobile_sam --data Kvasir-SEG \
         --eval-prompt box --image-size 1024
 
-What was measured is in docs/results.md. Another SAM: `--model vit_b --weights sam_vit_b_01ec64.pth
+What was measured is in docs/results.md. Another SAM: `--model auto --weights sam_vit_b
 --image-size 1024`.
 """
 

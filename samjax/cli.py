@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from samjax.download import cache_dir
 from samjax.terminal import Interrupted, error_console, notices_on
 
 _HELP = """usage: samjax VERB ...
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(
             f"unknown verb {verb!r}; the nearest is {nearest}, and samjax has {', '.join(_VERBS)}"
         )
+    # Read when JAX starts. What one command compiled, the next reads back.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
     try:
         with notices_on(console):
             module = importlib.import_module(f"samjax.verbs.{verb.replace('-', '_')}")

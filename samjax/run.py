@@ -106,10 +106,10 @@ def _evaluate_with_bar(
     config: Config, model: Sam, variables: Any, source: Source, console: Console, title: str
 ) -> Evaluation:
     with progress_bar(console) as bar:
-        task = bar.add_task(title, total=len(source), note="")
+        task = bar.add_task(title, total=len(source), note="compiling")
 
         def advance(batch: dict[str, Any], masks: np.ndarray) -> None:
-            bar.advance(task, int(batch["valid"].sum()))
+            bar.update(task, advance=int(batch["valid"].sum()), note="")
 
         return evaluate_source(config, model, variables, source, advance)
 
@@ -254,6 +254,7 @@ def _train(
         "adapter": str(out / ADAPTER),
         "adapter_bytes": adapter.adapter_bytes,
         "model_bytes": adapter.model_bytes,
+        "file_bytes": (out / ADAPTER).stat().st_size,
         "gallery": str(picture),
         "steps": fitted.steps,
         "kept_step": fitted.kept_step,

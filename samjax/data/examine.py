@@ -119,6 +119,8 @@ def _list_folder(
         for file in files
     ]
     pairs = {pair.name: pair for pair in listing.pairs}
+    if problems and not pairs:
+        return Contents([], problems)  # no split can be drawn, and these files say why
     names = draw_split(root, list(pairs), split, seed, fractions) if is_flat else list(pairs)
     entries = [
         Entry(

@@ -87,7 +87,7 @@ def fit(
         if start:
             console.print(f"resuming after step {start}")
         log = MetricsLog(out / "metrics.jsonl", start)
-        task = bar.add_task("training", total=steps, completed=start, note="")
+        task = bar.add_task("training", total=steps, completed=start, note="compiling")
         ended = start == steps or _out_of_patience(config, checkpoints.best(), start)
         feed = Feed(batches_from(dataset, start, start if ended else steps))
         while not ended:
@@ -107,6 +107,8 @@ def fit(
                     "--resume, or start anew with a lower learning_rate"
                 )
             bar.advance(task)
+            if step == start + 1:
+                bar.update(task, note="")
             validates = validate is not None and _is_due(step, config.validate_every, steps)
             saves = validates or _is_due(step, config.checkpoint_every, steps) or stop.requested
             writes = saves or _is_due(step, config.log_every, steps)

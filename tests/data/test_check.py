@@ -270,3 +270,13 @@ def test_the_command_line(dataset, capsys):
             "detail": "test/images/c.png",
         }
     ]
+
+
+def test_names_that_never_match_are_listed(tmp_path):
+    """As where all masks end in `_mask`: no split can be drawn."""
+    for seed in range(3):
+        write(tmp_path / f"images/{seed}.png", np.zeros((4, 4, 3)))
+        write(tmp_path / f"masks/{seed}_mask.png", HALF)
+    problems = found(tmp_path)
+    assert {kind for _, kind, _ in problems} == {"images without a mask", "masks without an image"}
+    assert len(problems) == 6 and all(severity == "error" for severity, _, _ in problems)
