@@ -4,7 +4,7 @@ The step's own jaxpr is walked in order: an array lives from the equation that m
 one that reads it. Activations kept for the backward pass, what rematerialisation and accumulation
 save of them, and the chunks of attention are thus counted as the step has them. The compiler fuses
 some arrays away and needs room for others: on CPU, its own count of a step in float32 is between
-0.7 and 1.4 times this one (MobileSAM and ViT-B at 1024 px: 1.35 and 1.20). There, however,
+0.7 and 1.4 times this one (MobileSAM and ViT-B at 1024 px: 1.3). There, however,
 rematerialisation saves next to nothing, since what is to be computed late is computed early.
 """
 
