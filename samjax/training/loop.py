@@ -93,7 +93,7 @@ def fit(
         while not ended:
             inputs, images = _take(feed, source, checkpoints, state)
             if step == start:
-                _tell_memory(config, console, train_step, state, frozen, inputs)
+                _tell_memory(console, train_step, state, frozen, inputs)
             with memory.exhaustion():
                 state, logs = train_step(state, frozen, inputs)
                 feed.advance()  # while the step computes
@@ -194,15 +194,12 @@ def _note(values: dict[str, float]) -> str:
     return ", ".join(f"{text} {values[key]:.4f}" for key, text in shown.items() if key in values)
 
 
-def _tell_memory(config: Config, console: Console, step: Any, *arguments: Any) -> None:
+def _tell_memory(console: Console, step: Any, *arguments: Any) -> None:
     """Says, before minutes of compilation, what a step needs, and warns where there is less."""
-    if config.remat != "none" and jax.default_backend() == "cpu":
-        console.print("warning: on CPU, remat takes time and saves next to no memory")
-        return
     need = memory.estimate(step, *arguments)
     console.print(str(need))
     have = memory.available_bytes(jax.devices()[0])
     if have is not None and have < need.total:
         console.print(
-            f"warning: there are {memory.gigabytes(have)}, which may not do: {memory.advice()}"
+            f"warning: there are {memory.gigabytes(have)}, which may not do: {memory.ADVICE}"
         )

@@ -4,8 +4,8 @@ The step's own jaxpr is walked in order: an array lives from the equation that m
 one that reads it. Activations kept for the backward pass, what rematerialisation and accumulation
 save of them, and the chunks of attention are thus counted as the step has them. The compiler fuses
 some arrays away and needs room for others: on CPU, its own count of a step in float32 is between
-0.7 and 1.4 times this one (MobileSAM and ViT-B at 1024 px: 1.3). There, however,
-rematerialisation saves next to nothing, since what is to be computed late is computed early.
+0.7 and 1.4 times this one (MobileSAM and ViT-B at 1024 px: 1.3), and up to 3 times with
+rematerialisation, whose small rest is what a block needs for a moment.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 from samjax.jaxprs import inner_jaxprs
+
+ADVICE = "pass --remat blocks, raise --accumulate, or lower --batch-size or --image-size"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +115,6 @@ def available_bytes(device: jax.Device) -> int | None:
     return min(limits)
 
 
-def advice() -> str:
-    """What makes a step smaller."""
-    remat = "" if jax.default_backend() == "cpu" else "pass --remat blocks, "
-    return f"raise --accumulate, {remat}or lower --batch-size or --image-size"
-
-
 @contextlib.contextmanager
 def exhaustion() -> Iterator[None]:
     """Says in one sentence that memory ran out, and what to do. Raises RuntimeError."""
@@ -127,7 +123,7 @@ def exhaustion() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise RuntimeError(f"a step does not fit into memory: {advice()}") from error
+        raise RuntimeError(f"a step does not fit into memory: {ADVICE}") from error
 
 
 def gigabytes(count: int) -> str:

@@ -162,7 +162,11 @@ def make_train_step(
         kept = jax.tree.map(lambda a, b: jnp.where(bad_leaf < 0, a, b), new, state)
         return kept, {"loss": value, **terms, "grad_norm": norm, "bad_leaf": bad_leaf}
 
-    return jax.jit(step, donate_argnums=0)
+    # On CPU, XLA removes the barriers between a rematerialised block's two computations and then
+    # computes the second with the first, which saves nothing: this pass is what removes them.
+    keeps = model.remat != "none" and jax.default_backend() == "cpu"
+    options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if keeps else None
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 def image_keys(rng: Any, batch: int) -> Any:
