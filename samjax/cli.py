@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(
             f"unknown verb {verb!r}; the nearest is {nearest}, and samjax has {', '.join(_VERBS)}"
         )
-    # Read when JAX starts. What one command compiled, the next reads back.
+    # Read when JAX starts. What one command compiled, the next reads back; where that cannot be
+    # kept, it is compiled again, and nobody needs to know.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
     try:
         with notices_on(console):

@@ -6,9 +6,14 @@ import os
 import numpy as np
 import pytest
 
-# Files end at 2 kB (4 kB in some shells), as on a disk that is full; jax keeps no compilations, for
-# they would be such files too.
-LIMITED = ("sh", "-c", 'unset JAX_COMPILATION_CACHE_DIR; ulimit -f 4; exec "$@"', "sh")
+# Files end at 2 kB (4 kB in some shells), as on a disk that is full: compiled programs too, in a
+# cache that no other test sees.
+LIMITED = (
+    "sh",
+    "-c",
+    'unset JAX_COMPILATION_CACHE_DIR; export SAMJAX_CACHE="$(mktemp -d)"; ulimit -f 4; exec "$@"',
+    "sh",
+)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Ctrl-C, the log, checkpoints, and what a run refuses to go on with."""
 
+import contextlib
 import json
 import resource
 import shutil
@@ -112,33 +113,35 @@ def test_the_log_times_what_lies_between_its_clocks(tmp_path):
     assert log.seconds_per_step() == lines[0]["seconds_per_step"]
 
 
-@pytest.fixture
-def limit_files():
-    """`limit_files(n)`: files end at n bytes, as on a disk that is full."""
+@contextlib.contextmanager
+def files_end_at(size):
+    """As on a disk that is full. For a moment only: pytest's own output may be a file too."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_leaves_the_log_whole(tmp_path, limit_files):
+def test_a_full_disk_leaves_the_log_whole(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, start=0)
     log.write(1, {"loss": 1.0})
     whole = path.read_bytes()
-    limit_files(len(whole) + 10)
-    with pytest.raises(OSError, match=r"metrics.jsonl cannot be written \(File too large\): free"):
+    message = r"metrics.jsonl cannot be written \(File too large\): free"
+    with pytest.raises(OSError, match=message), files_end_at(len(whole) + 10):
         log.write(2, {"loss": 1.0})
     assert path.read_bytes() == whole
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, limit_files, capfd):
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, capfd):
     checkpoints = Checkpoints(tmp_path / "c")
     checkpoints.save(make_state(1))
     big = make_state(2).replace(opt_state=(np.random.default_rng(0).random(10000),))
-    limit_files(5000)
-    with pytest.raises(OSError, match=r"checkpoint of step 2 cannot be written .*File too large"):
+    message = r"checkpoint of step 2 cannot be written .*File too large"
+    with pytest.raises(OSError, match=message), files_end_at(5000):
         checkpoints.save(big)
-    limit_files(resource.RLIM_INFINITY)
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]
     checkpoints.close()
     again = Checkpoints(tmp_path / "c")
