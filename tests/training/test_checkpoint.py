@@ -27,6 +27,11 @@ def assert_equal(state, step):
         np.testing.assert_array_equal(ours, theirs)
 
 
+# Where Orbax fails on damaged metadata, reads that it began go on and find their event loop closed:
+# now and then Python tells of it when they are collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
