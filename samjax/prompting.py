@@ -37,10 +37,9 @@ def check_prompt(
 
     Without the model's `config` a mask is not looked at.
     """
-    coords, labels = encode_prompt(prompt.point_coords, prompt.point_labels, prompt.box)
-    check_inside(coords[labels >= 0], original_size)
+    _encode(prompt, original_size)
     if prompt.mask_input is not None and config is not None:
-        _check_mask(prompt.mask_input, original_size, _low_res_shape(config))
+        _check_mask(prompt.mask_input, original_size, config.low_res_shape)
 
 
 def assemble(
@@ -54,8 +53,7 @@ def assemble(
     frame = config.frame
     encoded = []
     for prompt, size in zip(prompts, original_sizes, strict=True):
-        check_prompt(prompt, size)
-        coords, labels = encode_prompt(prompt.point_coords, prompt.point_labels, prompt.box)
+        coords, labels = _encode(prompt, size)
         encoded.append((scale_coords(coords, size, frame).astype(np.float32), labels))
     slots = power_of_two(max(len(labels) for _, labels in encoded))
     count = power_of_two(len(prompts))
@@ -64,7 +62,7 @@ def assemble(
     coords, labels = (np.stack(parts) for parts in zip(*padded, strict=True))
     if all(prompt.mask_input is None for prompt in prompts):
         return Prompts(coords, labels)
-    low = _low_res_shape(config)
+    low = config.low_res_shape
     masks, has_mask = np.zeros((count, *low), np.float32), np.zeros(count, bool)
     for i, (prompt, size) in enumerate(zip(prompts, original_sizes, strict=True)):
         if prompt.mask_input is not None:
@@ -79,9 +77,11 @@ def power_of_two(count: int) -> int:
     return count and 1 << (count - 1).bit_length()
 
 
-def _low_res_shape(config: SamConfig) -> tuple[int, int]:
-    rows, columns = config.grid
-    return 4 * rows, 4 * columns
+def _encode(prompt: Prompt, original_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Points and box as the model's slots, in the image's pixels, where they lie in the image."""
+    coords, labels = encode_prompt(prompt.point_coords, prompt.point_labels, prompt.box)
+    check_inside(coords[labels >= 0], original_size)
+    return coords, labels
 
 
 def _check_mask(

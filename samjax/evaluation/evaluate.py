@@ -106,7 +106,7 @@ def evaluate(
 def _postprocessing(model: Sam, batch: dict[str, Any]) -> tuple[np.ndarray, ...]:
     sizes = [truth.shape for truth in batch["truth"]]
     height, width = (-(-max(side) // _BUCKET) * _BUCKET for side in zip(*sizes, strict=True))
-    low_height, low_width = (4 * side for side in model.config.grid)
+    low_height, low_width = model.config.low_res_shape
     rows = np.zeros((len(sizes), height, low_height), np.float32)
     columns = np.zeros((len(sizes), width, low_width), np.float32)
     truth = np.zeros((len(sizes), height, width), bool)

@@ -110,6 +110,12 @@ class SamConfig:
         patch = self.image_encoder.patch_size
         return self.frame.height // patch, self.frame.width // patch
 
+    @property
+    def low_res_shape(self) -> tuple[int, int]:
+        """(height, width) of the mask decoder's logits, and of mask prompts."""
+        rows, columns = self.grid
+        return 4 * rows, 4 * columns
+
     def with_image_size(self, image_size: ImageSize | None) -> SamConfig:
         """The same model at another input, a side or (height, width); `None` keeps its own.
 

@@ -136,8 +136,7 @@ def _visited(model: Sam, variables: dict[str, Any]) -> tuple[SiteInfo, ...]:
 def _example(config: SamConfig) -> tuple[Array, Array, Prompts]:
     # With a mask prompt, so that every parameter is touched.
     height, width = config.frame.shape
-    rows, columns = config.grid
-    mask = jnp.zeros((1, 4 * rows, 4 * columns))
+    mask = jnp.zeros((1, *config.low_res_shape))
     return (
         jnp.zeros((1, height, width, 3), jnp.uint8),
         jnp.array([[height, width]], jnp.int32),
