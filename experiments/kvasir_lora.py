@@ -26,5 +26,5 @@ def config() -> Config:
         batch_size=4,
         eval_batch_size=4,
         checkpoint_every=100,
-        optimizer=OptimizerConfig(learning_rate=1e-3, decoder_learning_rate=5e-4),
+        optimizer=OptimizerConfig(decoder_learning_rate=5e-4),
     )

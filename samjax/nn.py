@@ -1,8 +1,9 @@
 """Layers with sites: the one place where an adapter meets a layer.
 
-Every adaptable layer looks in the `peft` collection under its own path. Finding nothing, it is a
-plain layer; finding a *delta*, a small pytree record, it lets the delta compute the output in its
-stead: `delta(site, x, ctx)`. Model code never names a method.
+Every layer that can be adapted looks in the `peft` collection under its own path. Finding nothing,
+it is a plain layer; finding a *delta*, a small pytree record, it lets the delta compute the output
+in its stead: `delta(site, x, ctx)`. Norms are sites too, and so are the residual branches of a block
+(`call_branch`). Model code never names a method.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -30,6 +32,8 @@ class Context:
 
     # PRNG key of stochastic deltas (dropout); None makes them deterministic.
     rng: Any = None
+    # Records that deltas of several sites share, by name: `peft["shared"]`, put here by `Sam`.
+    shared: Any = None
 
     def key(self, path: str) -> Any:
         """A PRNG key of its own for the site at `path`, equal on every host of a pod."""
@@ -76,27 +80,43 @@ class Segments:
         return jnp.stack(heads, axis=-2).reshape(*some.shape[:-1], -1)
 
 
+SiteKind = Literal["dense", "conv", "norm", "branch"]
+
+
 @dataclasses.dataclass(frozen=True)
 class SiteInfo:
     """A site as `samjax.peft` sees it before any adapter exists."""
 
     path: str
-    kind: Literal["dense", "conv"]
+    kind: SiteKind
+    # dense: (in, out); conv: (k, k, in, out); norm and branch: (channels,).
     kernel_shape: tuple[int, ...]
+    use_bias: bool = True
     segments: Segments | None = None
+
+    @property
+    def kernel_name(self) -> str:
+        """What the leaf of `params` is called that the site's `kernel` is."""
+        return "scale" if self.kind == "norm" else "kernel"
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A layer as a delta sees it: the frozen weights, and the plain layer itself as a call."""
+    """A layer or a branch as a delta sees it: its frozen weights, and a call of it as it is.
+
+    A branch, such as a block's attention with its norm, has neither kernel nor bias.
+    """
 
     info: SiteInfo
     kernel: Any
     bias: Any
-    apply: Any
+    # (x, kernel, bias) -> y; a bias of None is left out.
+    apply: Callable[[Any, Any, Any], Any]
+    # Adds a scalar to the training loss, such as one that balances experts.
+    add_loss: Callable[[Any], Any] = lambda value: None
 
     def __call__(self, x: Array) -> Array:
-        """The layer's output without any adapter."""
+        """The site's output without any adapter."""
         return self.apply(x, self.kernel, self.bias)
 
 
@@ -124,6 +144,24 @@ def _call_site(module: nn.Module, site: Site, x: Array, ctx: Context) -> Array:
     return site(x) if delta is None else delta(site, x, ctx)
 
 
+def _loss_of(module: nn.Module) -> Callable[[Any], Any]:
+    """Where a delta's loss goes: the `losses` collection, if the caller of `apply` takes it."""
+    return functools.partial(
+        module.sow, "losses", "delta", init_fn=lambda: jnp.float32(0), reduce_fn=jnp.add
+    )
+
+
+def call_branch(
+    module: nn.Module, branch: Callable[[Array], Array], x: Float[Array, "*b c"], ctx: Context
+) -> Float[Array, "*b c"]:
+    """Calls a residual branch, which is a site under the path of the `module` that it is about.
+
+    `x` is the residual stream, before the branch's norm; the output is what is added to it.
+    """
+    info = SiteInfo("/".join(module.path), "branch", (x.shape[-1],), use_bias=False)
+    return _call_site(module, Site(info, None, None, lambda x, *_: branch(x)), x, ctx)
+
+
 class Dense(nn.Module):
     """A linear layer over the last axis, and a site."""
 
@@ -141,8 +179,9 @@ class Dense(nn.Module):
         bias = (
             self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         )
-        info = SiteInfo("/".join(self.path), "dense", kernel.shape, self.segments)
-        site = Site(info, kernel, bias, self._linear)
+        path = "/".join(self.path)
+        info = SiteInfo(path, "dense", kernel.shape, self.use_bias, self.segments)
+        site = Site(info, kernel, bias, self._linear, _loss_of(self))
         return _call_site(self, site, x.astype(self.dtype), ctx)
 
     def _linear(self, x: Array, kernel: Array, bias: Array | None) -> Array:
@@ -170,8 +209,9 @@ class Conv(nn.Module):
         bias = (
             self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         )
-        info = SiteInfo("/".join(self.path), "conv", shape)
-        return _call_site(self, Site(info, kernel, bias, self._conv), x.astype(self.dtype), ctx)
+        info = SiteInfo("/".join(self.path), "conv", shape, self.use_bias)
+        site = Site(info, kernel, bias, self._conv, _loss_of(self))
+        return _call_site(self, site, x.astype(self.dtype), ctx)
 
     def _conv(self, x: Array, kernel: Array, bias: Array | None) -> Array:
         kernel = kernel.astype(self.dtype)
@@ -180,7 +220,7 @@ class Conv(nn.Module):
             batch, height, width, channels = x.shape
             k = self.kernel_size
             x = x.reshape(batch, height // k, k, width // k, k, channels).swapaxes(2, 3)
-            y = x.reshape(batch, height // k, width // k, -1) @ kernel.reshape(-1, self.features)
+            y = x.reshape(batch, height // k, width // k, -1) @ kernel.reshape(-1, kernel.shape[-1])
         else:
             pad = (self.kernel_size - 1) // 2
             y = jax.lax.conv_general_dilated(
@@ -244,39 +284,55 @@ class ConvTranspose2x2(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis in float32; also SAM's LayerNorm2d, since NHWC."""
+    """Layer normalisation over the last axis in float32; also SAM's LayerNorm2d, since NHWC.
+
+    A site.
+    """
 
     epsilon: float = 1e-6
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+    def __call__(self, x: Float[Array, "*b c"], ctx: Context) -> Float[Array, "*b c"]:
         """(..., c) -> (..., c) in `dtype`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        info = SiteInfo("/".join(self.path), "norm", scale.shape)
+        return _call_site(self, Site(info, scale, bias, self._norm), x, ctx)
+
+    def _norm(self, x: Array, scale: Array, bias: Array | None) -> Array:
         x = x.astype(jnp.float32)
         centred = x - x.mean(axis=-1, keepdims=True)
         variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + self.epsilon)
-        return (y * scale + bias).astype(self.dtype)
+        y = centred * jax.lax.rsqrt(variance + self.epsilon) * scale
+        return (y if bias is None else y + bias).astype(self.dtype)
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation in inference mode: its statistics are parameters that never train."""
+    """Batch normalisation in inference mode: its statistics are parameters that never train.
+
+    A site.
+    """
 
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+    def __call__(self, x: Float[Array, "*b c"], ctx: Context) -> Float[Array, "*b c"]:
         """(..., c) -> (..., c) in `dtype`."""
         shape = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
         mean = self.param("mean", nn.initializers.zeros, shape)
         var = self.param("var", nn.initializers.ones, shape)
-        factor = scale * jax.lax.rsqrt(var + self.epsilon)
-        return (x.astype(jnp.float32) * factor + (bias - mean * factor)).astype(self.dtype)
+
+        def apply(x: Array, scale: Array, bias: Array | None) -> Array:
+            factor = scale * jax.lax.rsqrt(var + self.epsilon)
+            shift = -mean * factor if bias is None else bias - mean * factor
+            return (x.astype(jnp.float32) * factor + shift).astype(self.dtype)
+
+        info = SiteInfo("/".join(self.path), "norm", shape)
+        return _call_site(self, Site(info, scale, bias, apply), x, ctx)
 
 
 class Embedding(nn.Module):

@@ -19,7 +19,9 @@ from samjax.training.step import (
 
 METHODS = {
     "lora": MethodConfig(),
-    "lora_qkv_encoder_only": MethodConfig(segments="qkv", rank=2, alpha=8.0, train_decoder=False),
+    "lora_qkv_encoder_only": MethodConfig(
+        targets=("q", "k", "v"), rank=2, alpha=8.0, decoder="none"
+    ),
     "decoder": MethodConfig(method="decoder"),
 }
 RNG = np.random.default_rng(0)

@@ -44,13 +44,13 @@ def test_an_adapter_brings_its_input_size(tmp_path, small_config, small_params, 
 
 
 @pytest.mark.parametrize(
-    ("trained", "train_decoder", "told"), [(False, True, 1), (True, True, 0), (False, False, 0)]
+    ("trained", "decoder", "told"), [(False, "all", 1), (True, "all", 0), (False, "none", 0)]
 )
 def test_masks_that_were_not_trained_are_told_of(
-    tmp_path, small_model, small_params, caplog, trained, train_decoder, told
+    tmp_path, small_model, small_params, caplog, trained, decoder, told
 ):
     save_checkpoint(tmp_path / "w", small_model.config, small_params)
-    spec = MethodConfig(train_decoder=train_decoder).spec()
+    spec = MethodConfig(decoder=decoder).spec()
     tree = peft.attach(spec, small_model, small_params, jax.random.key(0))
     variables = {"params": small_params, "peft": tree}
     file = tmp_path / "a.safetensors"

@@ -12,7 +12,17 @@ from jaxtyping import Array, Float
 from samjax.models import windows
 from samjax.models.attention import AttentionKind, attend_map
 from samjax.models.configs import VitConfig
-from samjax.nn import Context, Conv, Dense, LayerNorm, Remat, Segments, gelu, rematerialized
+from samjax.nn import (
+    Context,
+    Conv,
+    Dense,
+    LayerNorm,
+    Remat,
+    Segments,
+    call_branch,
+    gelu,
+    rematerialized,
+)
 
 
 class Mlp(nn.Module):
@@ -74,16 +84,19 @@ class Block(nn.Module):
             dtype=self.dtype,
             name="attn",
         )
-        y = LayerNorm(dtype=self.dtype, name="norm1")(x)
-        if self.window_size:
+        norm1, norm2 = (LayerNorm(dtype=self.dtype, name=name) for name in ("norm1", "norm2"))
+        mlp = Mlp(4 * dim, dtype=self.dtype, name="mlp")
+
+        def attend(x: Array) -> Array:
+            y = norm1(x, ctx)
+            if not self.window_size:
+                return attn(y, ctx)
             # Padding comes after the norm: padded tokens take part in attention, as in SAM.
             y = attn(windows.partition(y, self.window_size), ctx)
-            y = windows.unpartition(y, batch, height, width)
-        else:
-            y = attn(y, ctx)
-        x = x + y
-        y = LayerNorm(dtype=self.dtype, name="norm2")(x)
-        return x + Mlp(4 * dim, dtype=self.dtype, name="mlp")(y, ctx)
+            return windows.unpartition(y, batch, height, width)
+
+        x = x + call_branch(attn, attend, x, ctx)
+        return x + call_branch(mlp, lambda x: mlp(norm2(x, ctx), ctx), x, ctx)
 
 
 class PatchEmbed(nn.Module):
@@ -103,9 +116,9 @@ class PatchEmbed(nn.Module):
 def apply_neck(x: Array, features: int, dtype: Any, ctx: Context) -> Float[Array, "b h w d"]:
     """The neck of every SAM encoder, to be called in the encoder's compact method."""
     x = Conv(features, 1, use_bias=False, dtype=dtype, name="neck_0")(x, ctx)
-    x = LayerNorm(dtype=dtype, name="neck_1")(x)
+    x = LayerNorm(dtype=dtype, name="neck_1")(x, ctx)
     x = Conv(features, 3, use_bias=False, dtype=dtype, name="neck_2")(x, ctx)
-    return LayerNorm(dtype=dtype, name="neck_3")(x)
+    return LayerNorm(dtype=dtype, name="neck_3")(x, ctx)
 
 
 class ImageEncoderViT(nn.Module):

@@ -90,18 +90,18 @@ class TwoWayAttentionBlock(nn.Module):
         else:
             q = queries + query_pe
             queries = queries + self_attn(q, q, queries, ctx, token_bias)
-        queries = norm("norm1")(queries)
+        queries = norm("norm1")(queries, ctx)
 
         to_image = attention("cross_attn_token_to_image", dim // 2)
         queries = queries + to_image(queries + query_pe, keys + key_pe, keys, ctx)
-        queries = norm("norm2")(queries)
+        queries = norm("norm2")(queries, ctx)
 
         queries = queries + TokenMlp(self.mlp_dim, self.dtype, name="mlp")(queries, ctx)
-        queries = norm("norm3")(queries)
+        queries = norm("norm3")(queries, ctx)
 
         to_tokens = attention("cross_attn_image_to_token", dim // 2)
         keys = keys + to_tokens(keys + key_pe, queries + query_pe, queries, ctx, token_bias)
-        return queries, norm("norm4")(keys)
+        return queries, norm("norm4")(keys, ctx)
 
 
 class TwoWayTransformer(nn.Module):
@@ -133,7 +133,7 @@ class TwoWayTransformer(nn.Module):
         )
         queries = queries + attention(queries + tokens, keys + image_pe, keys, ctx)
         norm = LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm_final_attn")
-        return norm(queries), keys
+        return norm(queries, ctx), keys
 
 
 class Mlp(nn.Module):
@@ -202,7 +202,8 @@ class MaskDecoder(nn.Module):
             name = f"output_upscaling_{i}"
             upscaled = ConvTranspose2x2(features, self.dtype, name=name)(upscaled)
             if i == 0:
-                upscaled = LayerNorm(dtype=self.dtype, name="output_upscaling_1")(upscaled)
+                norm = LayerNorm(dtype=self.dtype, name="output_upscaling_1")
+                upscaled = norm(upscaled, ctx)
             upscaled = gelu(upscaled)
 
         hyper = [

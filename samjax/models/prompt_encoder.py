@@ -98,8 +98,8 @@ class PromptEncoder(nn.Module):
 
     def embed_masks(self, masks: Float[Array, "b h w"], ctx: Context) -> Float[Array, "b gh gw c"]:
         """Dense embeddings of low-resolution mask logits."""
-        x = gelu(self.mask_downscaling_1(self.mask_downscaling_0(masks[..., None], ctx)))
-        x = gelu(self.mask_downscaling_4(self.mask_downscaling_3(x, ctx)))
+        x = gelu(self.mask_downscaling_1(self.mask_downscaling_0(masks[..., None], ctx), ctx))
+        x = gelu(self.mask_downscaling_4(self.mask_downscaling_3(x, ctx), ctx))
         return self.mask_downscaling_6(x, ctx)
 
     def __call__(

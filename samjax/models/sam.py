@@ -76,7 +76,7 @@ class Sam(nn.Module):
         self, x: Float[Array, "b fh fw 3"], ctx: Context = DETERMINISTIC
     ) -> Float[Array, "b h w c"]:
         """Image embeddings of images that are normalised and padded already."""
-        return self.image_encoder(x, ctx)
+        return self.image_encoder(x, self._with_shared(ctx))
 
     def decode(
         self,
@@ -89,7 +89,7 @@ class Sam(nn.Module):
         One embedding serves all b prompts, or each prompt has its own (e = b). Output 0 is SAM's
         single mask, 1 to 3 its multi-mask outputs.
         """
-        grid = image_embeddings.shape[1:3]
+        grid, ctx = image_embeddings.shape[1:3], self._with_shared(ctx)
         sparse, dense, present = self.prompt_encoder(prompts, grid, ctx)
         image_pe = self.prompt_encoder.dense_pe(grid)
         return self.mask_decoder(image_embeddings, image_pe, sparse, dense, present, ctx)
@@ -104,6 +104,9 @@ class Sam(nn.Module):
         """`encode`, then `decode` with one prompt an image."""
         return self.decode(self.encode(image, input_size, ctx), prompts, ctx)
 
+    def _with_shared(self, ctx: Context) -> Context:
+        return ctx.replace(shared=self.get_variable("peft", "shared"))
+
     def init_params(self, key: Any) -> dict[str, Any]:
         """Randomly initialised `params`, a nested dict of float32 arrays."""
         return self.init(key, *_example(self.config))["params"]
@@ -113,9 +116,9 @@ class Sam(nn.Module):
         return _trace(self)[0]
 
     def sites(self, variables: dict[str, Any] | None = None) -> tuple[SiteInfo, ...]:
-        """Every adaptable layer, in the order in which a forward pass calls it; computes nothing.
+        """Every site, in the order in which a forward pass calls it; computes nothing.
 
-        A layer that is called twice is listed twice.
+        Dense layers, convolutions, norms and branches. What is called twice is listed twice.
         """
         return _trace(self)[1] if variables is None else _visited(self, variables)
 

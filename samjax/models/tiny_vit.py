@@ -27,6 +27,7 @@ from samjax.nn import (
     LayerNorm,
     Remat,
     Segments,
+    call_branch,
     gelu,
     rematerialized,
 )
@@ -50,7 +51,7 @@ class ConvBN(nn.Module):
             x = Conv(self.features, self.kernel_size, self.stride, False, self.dtype, name="c")(
                 x, ctx
             )
-        return BatchNorm(dtype=self.dtype, name="bn")(x)
+        return BatchNorm(dtype=self.dtype, name="bn")(x, ctx)
 
 
 class PatchEmbed(nn.Module):
@@ -110,7 +111,7 @@ class Attention(nn.Module):
         biases = self.param(
             "attention_biases", nn.initializers.zeros, (self.num_heads, size * size)
         )
-        x = LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x)
+        x = LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x, ctx)
         segments = Segments(("q", "k", "v"), "heads", self.num_heads)
         qkv = Dense(3 * dim, dtype=self.dtype, segments=segments, name="qkv")(x, ctx)
         qkv = qkv.reshape(x.shape[0], size * size, self.num_heads, 3, -1)
@@ -139,7 +140,7 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "*b c"], ctx: Context) -> Float[Array, "*b c"]:
         """(..., c) -> (..., c)."""
         dim = x.shape[-1]
-        x = LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x)
+        x = LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x, ctx)
         hidden = gelu(Dense(4 * dim, dtype=self.dtype, name="fc1")(x, ctx))
         return Dense(dim, dtype=self.dtype, name="fc2")(hidden, ctx)
 
@@ -156,11 +157,16 @@ class Block(nn.Module):
         """(b, h, w, c) -> (b, h, w, c)."""
         batch, height, width, dim = x.shape
         attn = Attention(self.num_heads, self.dtype, name="attn")
-        # Zeros are normalised inside the attention: padded tokens become the norm's bias.
-        y = attn(windows.partition(x, self.window_size), ctx)
-        x = x + windows.unpartition(y, batch, height, width)
+        mlp = Mlp(self.dtype, name="mlp")
+
+        def attend(x: Array) -> Array:
+            # Zeros are normalised inside the attention: padded tokens become the norm's bias.
+            y = attn(windows.partition(x, self.window_size), ctx)
+            return windows.unpartition(y, batch, height, width)
+
+        x = x + call_branch(attn, attend, x, ctx)
         x = ConvBN(dim, 3, depthwise=True, dtype=self.dtype, name="local_conv")(x, ctx)
-        return x + Mlp(self.dtype, name="mlp")(x, ctx)
+        return x + call_branch(mlp, lambda x: mlp(x, ctx), x, ctx)
 
 
 class Stage(nn.Module):

@@ -1,20 +1,23 @@
-"""What every adapter record shares: groups of fields, and the two things that it can do.
+"""What every adapter record shares: groups of fields, and what a record can do.
 
 A *delta* is a small `flax.struct` record stored in the `peft` collection under its site's path:
 
     delta(site, x, ctx) -> y                        in the site's stead; may call site(x)
     delta.merge(info, kernel, bias, ctx)            -> (kernel, bias), or raises NotMergeable
+    delta.scaled(factor)                            -> delta, or raises NotComposable
 
-and a *method* is a frozen dataclass with `init(key, site, segments) -> delta`. Fields are typed
+and a *method* is a frozen dataclass of settings that makes deltas. Fields of records are typed
 `Any` with the shape in a comment: under masks, labels and vmap they hold other things than arrays.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from samjax.nn import Context, Site, SiteInfo
@@ -24,11 +27,15 @@ FROZEN = "frozen"
 # Group of arrays in a record that are neither trained nor counted, such as a scale. They are
 # arrays, not static fields, so that adapters can be swapped without recompiling.
 BUFFER = "buffer"
+# Group of arrays that follow from the site's kernel, such as its singular vectors: neither trained
+# nor counted, and not in adapter files, since `init` computes them again.
+DERIVED = "derived"
 WEIGHTS = "weights"
+UNTRAINED = frozenset({FROZEN, BUFFER, DERIVED})
 
 
-def field(group: str = WEIGHTS) -> Any:
-    """A field of a record that holds arrays of one group: `weights`, `arch` or `buffer`."""
+def field(group: str | Callable[[Any], str] = WEIGHTS) -> Any:
+    """A field of a record that holds arrays of one group; a function tells it from the record."""
     return struct.field(metadata={"group": group})
 
 
@@ -41,37 +48,127 @@ class NotMergeable(ValueError):
     """A delta cannot be folded into its site's kernel; the message says why."""
 
 
-@runtime_checkable
-class Delta(Protocol):
-    """A record in the `peft` collection."""
+class NotComposable(ValueError):
+    """A delta cannot be scaled, or share its site with another; the message says why."""
+
+
+class Record:
+    """A record in the `peft` collection: a delta, or what several deltas share."""
+
+    def groups(self) -> Any:
+        """The record with each array replaced by the name of its group."""
+        changes = {}
+        for f in dataclasses.fields(self):  # pyrefly: ignore[bad-argument-type]
+            if f.metadata.get("pytree_node", True):
+                group = f.metadata["group"]
+                name = group(self) if callable(group) else group
+                changes[f.name] = jax.tree.map(
+                    lambda node, name=name: node.groups() if is_record(node) else name,
+                    getattr(self, f.name),
+                    is_leaf=is_record,
+                )
+        return dataclasses.replace(self, **changes)  # pyrefly: ignore[bad-argument-type]
+
+
+class Delta(Record):
+    """A record that computes a site's output."""
+
+    # Why the delta has no scale and cannot share its site; empty where it can.
+    alone: ClassVar[str] = ""
+    # The name of the record in `peft["shared"]` that it needs.
+    shared: str | None = None
 
     def __call__(self, site: Site, x: Any, ctx: Context) -> Any:
         """The adapted output of the site for input `x`."""
+        raise NotImplementedError
 
     def merge(self, info: SiteInfo, kernel: Any, bias: Any, ctx: Context) -> tuple[Any, Any]:
-        """Kernel and bias that give the adapted output without the delta; float32 arithmetic."""
+        """Kernel and bias that give the adapted output without the delta; float32 arithmetic.
+
+        `bias` is None where the site has none. Raises NotMergeable.
+        """
+        raise NotImplementedError
+
+    def scaled(self, factor: Any) -> Delta:
+        """The delta whose change of the output is `factor` times this one's."""
+        raise NotComposable(f"{type(self).__name__}: {self.alone}")
+
+    def fingerprint(self) -> Sequence[Any]:
+        """Numbers that tell whether derived arrays are those that it was trained with."""
+        return ()
 
 
-class Method(Protocol):
-    """The settings of a method: how to make its record for one site."""
+class Additive(Delta):
+    """A delta that adds to its site's output, whatever else is added there."""
+
+    def update(self, site: Site, x: Any, ctx: Context) -> Any:
+        """What is added to the site's output for input `x`."""
+        raise NotImplementedError
+
+    def kernel_update(self, info: SiteInfo, kernel: Any, ctx: Context) -> Any:
+        """What is added to the kernel (float32) when the delta is folded into it."""
+        raise NotImplementedError
+
+    def __call__(self, site: Site, x: Any, ctx: Context) -> Any:
+        """The site's output and the update."""
+        return site(x) + self.update(site, x, ctx)
+
+    def merge(self, info: SiteInfo, kernel: Any, bias: Any, ctx: Context) -> tuple[Any, Any]:
+        """The kernel and its update."""
+        kernel = jnp.asarray(kernel, jnp.float32)
+        return kernel + self.kernel_update(info, kernel, ctx), bias
+
+    def scaled(self, factor: Any) -> Any:
+        """The delta with its `scale` multiplied."""
+        return self.replace(scale=self.scale * factor)  # pyrefly: ignore[missing-attribute]
+
+
+class Method:
+    """The settings of a method; a frozen dataclass that makes its record for a site."""
+
+    # The kinds of sites that it can adapt; a rule's pattern passes over all others.
+    kinds: ClassVar[tuple[str, ...]] = ("dense",)
 
     def init(self, key: Any, site: Site, segments: tuple[str, ...]) -> Delta:
         """A record that leaves the site's output unchanged; `segments` () means the whole output.
 
-        Raises ValueError where the site is of a kind that the method cannot adapt.
+        Raises ValueError where the site does not suit the settings.
         """
+        raise NotImplementedError
+
+    def init_shared(
+        self, key: Any, sites: Sequence[tuple[SiteInfo, tuple[str, ...]]]
+    ) -> dict[str, Record]:
+        """Records, by name, that the deltas share of all sites that have these settings."""
+        return {}
+
+
+def is_record(node: Any) -> bool:
+    """True for a record, whatever its fields hold."""
+    return isinstance(node, Record)
 
 
 def is_delta(node: Any) -> bool:
-    """True for a record, whatever its fields hold."""
-    return dataclasses.is_dataclass(node) and isinstance(node, Delta)
+    """True for a delta, whatever its fields hold."""
+    return isinstance(node, Delta)
 
 
-def groups_of(delta: Any) -> Any:
-    """The record with each array replaced by the name of its group."""
-    changes = {
-        f.name: jax.tree.map(lambda _, g=f.metadata["group"]: g, getattr(delta, f.name))
-        for f in dataclasses.fields(delta)
-        if f.metadata.get("pytree_node", True)
-    }
-    return dataclasses.replace(delta, **changes)
+def segment_width(info: SiteInfo, segments: tuple[str, ...]) -> int:
+    """Output channels of each of `segments`, or of the whole output where there are none."""
+    out = info.kernel_shape[-1]
+    return out // len(info.segments.names) if info.segments is not None and segments else out
+
+
+def join_segments(info: SiteInfo, segments: tuple[str, ...], parts: Sequence[Any]) -> Any:
+    """The output whose named segments are `parts` and whose others are zero."""
+    if info.segments is None or not segments:
+        return parts[0]
+    return info.segments.join(dict(zip(segments, parts, strict=True)))
+
+
+def check_rank(method: str, rank: int, info: SiteInfo, limit: int) -> None:
+    """Raises ValueError for a rank that no matrix of this site can have."""
+    if rank > limit:
+        raise ValueError(
+            f"{method}: rank {rank} is more than {info.path} can have, {limit}; choose a lower rank"
+        )

@@ -22,12 +22,24 @@ from samjax.files import write_beside
 from samjax.hashes import is_sealed, params_sha256, sealed
 from samjax.models.configs import SamConfig, is_of_before
 from samjax.models.sam import Sam
+from samjax.peft.delta import DERIVED
 from samjax.peft.report import report
-from samjax.peft.spec import PeftSpec, attach, check_sites, partition, resolve, trainable
+from samjax.peft.spec import (
+    PeftSpec,
+    attach,
+    check_sites,
+    deltas,
+    groups,
+    partition,
+    resolve,
+    trainable,
+)
 from weights_convert.errors import shown
 
 SCHEMA = 1
 _KEY = "samjax"
+# Of the numbers that tell whether arrays derived from the base are those of training.
+_FINGERPRINT_TOLERANCE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +54,8 @@ class Adapter:
     tensors: dict[str, np.ndarray]
     # What else the file says: method, training prompts, ...
     metadata: dict[str, Any]
+    # By site: `Delta.fingerprint` of records with arrays that are not in the file.
+    fingerprints: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     @property
     def adapter_bytes(self) -> int:
@@ -64,6 +78,7 @@ def save(
 ) -> Adapter:
     """Writes every trained leaf of `variables` ({"params", "peft"}) and all of its records.
 
+    What a record derives from the base, such as singular vectors, is left out.
     `base_sha256` is `samjax.hashes.params_sha256` of the params before training. Raises
     FileNotFoundError where the folder does not exist, ValueError for numbers that are not finite.
     An existing file is replaced, atomically.
@@ -73,7 +88,10 @@ def save(
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
     trained, _ = partition(variables["params"], trainable(spec, model, variables)["params"])
     tensors = {f"params/{k}": v for k, v in _flatten(trained).items() if v is not None}
-    tensors |= {f"peft/{k}": v for k, v in _flatten(variables["peft"]).items()}
+    kinds = _flatten(groups(spec, model, variables)["peft"])
+    tensors |= {
+        f"peft/{k}": v for k, v in _flatten(variables["peft"]).items() if kinds[k] != DERIVED
+    }
     # Not np.ascontiguousarray, which makes a number an array of one.
     tensors = {k: np.asarray(v, order="C") for k, v in tensors.items()}
     for key, tensor in tensors.items():
@@ -87,9 +105,11 @@ def save(
         "tensors_sha256": params_sha256(tensors),
         "metadata": metadata or {},
     }
+    if marks := _fingerprints(variables["peft"]):
+        record["fingerprints"] = marks
     with write_beside(path) as temporary:
         save_file(tensors, temporary, {_KEY: json.dumps(sealed(record), sort_keys=True)})
-    return Adapter(spec, model.config, base_sha256, tensors, metadata or {})
+    return Adapter(spec, model.config, base_sha256, tensors, metadata or {}, marks)
 
 
 def read(path: str | Path) -> Adapter:
@@ -133,6 +153,7 @@ def read(path: str | Path) -> Adapter:
             str(record["base_sha256"]),
             tensors,
             dict(record["metadata"]),
+            {str(k): [float(x) for x in v] for k, v in record.get("fingerprints", {}).items()},
         )
         recorded = record["tensors_sha256"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -167,7 +188,9 @@ def apply(adapter: Adapter, model: Sam, params: Any, name: str = "the adapter") 
     flat_params = {"/".join(k): v for k, v in flatten_dict(params).items()}
     trained = {"/".join(k) for k, v in flatten_dict(mask).items() if v}
     expected = {f"params/{k}": flat_params[k] for k in trained}
-    expected |= {f"peft/{k}": v for k, v in _flatten(shapes).items()}
+    kinds = _flatten(groups(adapter.spec, model, {"params": params, "peft": shapes})["peft"])
+    derived = {k for k, kind in kinds.items() if kind == DERIVED}
+    expected |= {f"peft/{k}": v for k, v in _flatten(shapes).items() if k not in derived}
     for key in sorted(expected.keys() | adapter.tensors.keys()):
         have, want = adapter.tensors.get(key), expected.get(key)
         if have is None or want is None:
@@ -180,10 +203,30 @@ def apply(adapter: Adapter, model: Sam, params: Any, name: str = "the adapter") 
             )
     flat_params |= {k: adapter.tensors[f"params/{k}"] for k in trained}
     new_params = unflatten_dict({tuple(k.split("/")): v for k, v in flat_params.items()})
-    leaves = [adapter.tensors[f"peft/{k}"] for k in _flatten(shapes)]
+    fresh = attach(adapter.spec, model, params, jax.random.key(0)) if derived else shapes
+    leaves = [
+        leaf if k in derived else adapter.tensors[f"peft/{k}"]
+        for k, leaf in _flatten(fresh).items()
+    ]
     peft = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
     check_sites(model, new_params, peft)
+    _check_fingerprints(adapter, peft, name)
     return new_params, peft
+
+
+def _fingerprints(peft: Any) -> dict[str, list[float]]:
+    marks = {path: delta.fingerprint() for path, delta in deltas(peft).items()}
+    return {path: [float(x) for x in mark] for path, mark in marks.items() if len(mark)}
+
+
+def _check_fingerprints(adapter: Adapter, peft: Any, name: str) -> None:
+    for path, mark in _fingerprints(peft).items():
+        told = np.array(adapter.fingerprints.get(path, []))
+        if told.shape != (len(mark),) or np.abs(told - mark).max() > _FINGERPRINT_TOLERANCE:
+            raise ValueError(
+                f"{name}: what this machine derives from the weights for {path} is not what the "
+                "adapter was trained with; merge it where it was trained, and use the result"
+            )
 
 
 def _check_model(theirs: SamConfig, ours: SamConfig, name: str) -> None:

@@ -10,13 +10,16 @@ from flax.traverse_util import flatten_dict
 
 from samjax.models.sam import Sam
 from samjax.nn import BUFFERS
-from samjax.peft.delta import BUFFER, FROZEN
+from samjax.peft.delta import FROZEN, UNTRAINED
 from samjax.peft.spec import PeftSpec, attach, deltas, groups, resolve
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """What one rule does: how many sites or leaves it claims, and how many numbers it trains."""
+    """What one rule does: how many sites or leaves it claims, and how many numbers it trains.
+
+    What sites share has a line of its own.
+    """
 
     pattern: str
     method: str
@@ -69,8 +72,13 @@ def report(spec: PeftSpec, model: Sam) -> Report:
             claimed = [path for path, r in resolved.leaves.items() if r is rule]
             count = sum(trained.get(path, 0) for path in claimed)
         lines.append(Line(rule.pattern, str(rule.config), len(claimed), count))
+    shared = {
+        name: _count(record, labels["peft"]["shared"][name])
+        for name, record in peft.get("shared", {}).items()
+    }
+    lines += [Line("shared", name, 1, count) for name, count in shared.items()]
     decoder = sum(n for path, n in trained.items() if path.startswith("mask_decoder/"))
-    adapter = sum(records.values())
+    adapter = sum(records.values()) + sum(shared.values())
     return Report(
         total=sum(n for path, n in sizes.items() if path.rsplit("/", 1)[-1] not in BUFFERS),
         adapter=adapter,
@@ -82,4 +90,4 @@ def report(spec: PeftSpec, model: Sam) -> Report:
 
 def _count(record: object, group: object) -> int:
     pairs = zip(jax.tree.leaves(record), jax.tree.leaves(group), strict=True)
-    return sum(int(np.prod(leaf.shape)) for leaf, name in pairs if name != BUFFER)
+    return sum(int(np.prod(leaf.shape)) for leaf, name in pairs if name not in UNTRAINED)

@@ -8,7 +8,7 @@
     model.apply({"params": params, "peft": peft}, ...)
 
 First match wins; every rule must match something; what no rule claims is frozen. `*` matches
-within one component of a path, `**` any number of components.
+within one component of a path, `**` any number of components, `{a,b}` either of two.
 """
 
 from __future__ import annotations
@@ -25,18 +25,32 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from samjax.models.sam import Sam
 from samjax.nn import BUFFERS, Context, Site, SiteInfo
-from samjax.peft.delta import BUFFER, FROZEN, WEIGHTS, Delta, groups_of, is_delta
+from samjax.peft.delta import (
+    FROZEN,
+    UNTRAINED,
+    WEIGHTS,
+    Delta,
+    Method,
+    NotMergeable,
+    is_delta,
+    is_record,
+)
 from samjax.peft.lora import LoRA
 
 # The methods that a spec can name in an adapter file.
-METHODS: dict[str, type] = {"lora": LoRA}
+METHODS: dict[str, type[Method]] = {"lora": LoRA}
+_SHARED = "shared"
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Trains leaves of the model itself; `group` names them for `optax.partition`."""
+    """Trains leaves of the model itself; `group` names them for `optax.partition`.
+
+    `last`: only what lies in the encoder's last so many blocks.
+    """
 
     group: str = WEIGHTS
+    last: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +63,8 @@ class Rule:
     """A pattern and what happens to what it matches.
 
     With `Train` or `Freeze` the pattern matches paths of `params`' leaves; with a method it matches
-    sites, and may end in the segments of a fused projection: `.../attn/qkv[q,v]`.
+    sites of the kinds that the method adapts, and may end in the segments of a fused projection:
+    `.../attn/qkv[q,v]`.
     """
 
     pattern: str
@@ -69,11 +84,7 @@ class PeftSpec:
 
     def to_json(self) -> list[dict[str, Any]]:
         """A JSON-able list, one dict a rule; `from_json` is its inverse."""
-        kinds = {cls: name for name, cls in _KINDS.items()}
-        return [
-            {"pattern": r.pattern, "kind": kinds[type(r.config)], **dataclasses.asdict(r.config)}
-            for r in self.rules
-        ]
+        return [{"pattern": r.pattern, **_encode(r.config)} for r in self.rules]
 
     @staticmethod
     def from_json(data: Any) -> PeftSpec:
@@ -82,18 +93,39 @@ class PeftSpec:
         try:
             for entry in data:
                 options = dict(entry)
-                pattern, kind = options.pop("pattern"), options.pop("kind")
-                if kind not in _KINDS:
-                    raise ValueError(
-                        f"unknown PEFT method {kind!r}; this samjax knows {', '.join(_KINDS)}"
-                    )
-                rules.append(Rule(pattern, _KINDS[kind](**options)))
+                rules.append(Rule(options.pop("pattern"), _decode(options)))
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a PEFT spec: {error}") from None
         return PeftSpec(tuple(rules))
 
 
 _KINDS: dict[str, type] = {**METHODS, "train": Train, "freeze": Freeze}
+
+
+def _encode(config: Any) -> dict[str, Any]:
+    """The settings of a rule as JSON; a stack holds settings in its own."""
+    kind = next(name for name, cls in _KINDS.items() if cls is type(config))
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return {
+        "kind": kind,
+        **{k: [_encode(x) for x in v] if isinstance(v, tuple) else v for k, v in fields.items()},
+    }
+
+
+def _decode(data: dict[str, Any]) -> Any:
+    """The inverse of `_encode`."""
+    kind = data["kind"]
+    if kind not in _KINDS:
+        nearest = difflib.get_close_matches(str(kind), _KINDS, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"unknown PEFT method {kind!r}; the nearest is {nearest}, and this samjax knows "
+            f"{', '.join(_KINDS)}"
+        )
+    options = {k: v for k, v in data.items() if k != "kind"}
+    decoded = {
+        k: tuple(_decode(x) for x in v) if isinstance(v, list) else v for k, v in options.items()
+    }
+    return _KINDS[kind](**decoded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +139,7 @@ class Resolved:
 def resolve(spec: PeftSpec, model: Sam) -> Resolved:
     """Matches every rule. Raises ValueError for a rule that claims nothing."""
     sites = {info.path: info for info in model.sites()}
+    blocks = _blocks(model)
     leaves = ["/".join(path) for path in flatten_dict(model.init_params_shapes())]
     trained = [path for path in leaves if path.rsplit("/", 1)[-1] not in BUFFERS]
     resolved = Resolved({}, {})
@@ -114,11 +147,11 @@ def resolve(spec: PeftSpec, model: Sam) -> Resolved:
         path_pattern, segments = _split_segments(rule)
         regex = _to_regex(path_pattern)
         claims: dict[str, Any] = resolved.sites if rule.adapts else resolved.leaves
-        candidates = list(sites) if rule.adapts else trained
+        candidates = _candidates(rule, model, sites, blocks, trained)
         matched = [path for path in candidates if regex.fullmatch(path)]
         if not matched:
             nearest = difflib.get_close_matches(path_pattern, candidates, n=1, cutoff=0.0)
-            kind = "site" if rule.adapts else "leaf"
+            kind = f"{_kinds(rule)} site" if rule.adapts else "leaf"
             raise ValueError(
                 f"rule {rule.pattern!r} matches no {kind} of {model.config.name}; "
                 f"the closest {kind} is {nearest[0]!r}"
@@ -136,35 +169,95 @@ def resolve(spec: PeftSpec, model: Sam) -> Resolved:
     return resolved
 
 
+def _candidates(
+    rule: Rule, model: Sam, sites: dict[str, SiteInfo], blocks: list[str], leaves: list[str]
+) -> list[str]:
+    """The paths that a rule's pattern chooses from. Raises ValueError where there are none."""
+    if rule.adapts:
+        return [path for path, info in sites.items() if info.kind in rule.config.kinds]
+    last = getattr(rule.config, "last", None)
+    if last is None:
+        return leaves
+    if not 1 <= last <= len(blocks):
+        raise ValueError(
+            f"rule {rule.pattern!r} trains the last {last} blocks, and {model.config.name} has "
+            f"{len(blocks)}; choose 1 to {len(blocks)}"
+        )
+    chosen = tuple(f"{block}/" for block in blocks[-last:])
+    return [path for path in leaves if path.startswith(chosen)]
+
+
+def _kinds(rule: Rule) -> str:
+    return " or ".join(rule.config.kinds)
+
+
+def _blocks(model: Sam) -> list[str]:
+    """The paths of the encoder's blocks, from the first to the last."""
+    found = (re.match(r"image_encoder/(?:.*/)?blocks_\d+(?=/)", s.path) for s in model.sites())
+    return list(dict.fromkeys(match[0] for match in found if match))
+
+
 def attach(spec: PeftSpec, model: Sam, params: Any, key: Any) -> dict[str, Any]:
     """The `peft` tree of a spec: a record under each adapted site's path; the identity at first.
 
-    Each site's random numbers depend on `key` and on its own path alone.
+    What sites share lies under `shared`. Each site's random numbers depend on `key` and on its own
+    path alone. Raises ValueError where a site does not suit its method's settings.
     """
     flat = flatten_dict(params)
-    peft = {}
+    peft: dict[tuple[str, ...], Any] = {}
+    same_settings: dict[Method, list[tuple[SiteInfo, tuple[str, ...]]]] = {}
     for path, (info, rule, segments) in resolve(spec, model).sites.items():
         parts = tuple(path.split("/"))
-        site = Site(info, flat[(*parts, "kernel")], flat.get((*parts, "bias")), apply=None)
-        site_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        peft[(*parts, "delta")] = rule.config.init(site_key, site, segments)
+        kernel, bias = flat.get((*parts, info.kernel_name)), flat.get((*parts, "bias"))
+        site = Site(info, kernel, bias, apply=_no_apply)
+        peft[(*parts, "delta")] = rule.config.init(_key(key, path), site, segments)
+        same_settings.setdefault(rule.config, []).append((info, segments))
+    for config, sites in same_settings.items():
+        for name, record in config.init_shared(_key(key, type(config).__name__), sites).items():
+            if (_SHARED, name) in peft:
+                raise ValueError(
+                    f"rules with different settings share {name!r}; give them the same settings"
+                )
+            peft[(_SHARED, name)] = record
     return unflatten_dict(peft)
 
 
+def _key(key: Any, name: str) -> Any:
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def _no_apply(x: Any, kernel: Any, bias: Any) -> Any:
+    raise RuntimeError("a site cannot be called while its record is made")
+
+
 def deltas(peft: Any) -> dict[str, Delta]:
-    """The records of a `peft` tree by their site's path."""
-    flat = flatten_dict(peft, is_leaf=lambda _, node: is_delta(node))
-    return {"/".join(path[:-1]): record for path, record in flat.items()}
+    """The deltas of a `peft` tree by their site's path."""
+    flat = flatten_dict(peft, is_leaf=lambda _, node: is_record(node))
+    return {"/".join(path[:-1]): record for path, record in flat.items() if is_delta(record)}
+
+
+def shared_names(delta: Delta) -> list[str]:
+    """The names of the records in `peft["shared"]` that a delta needs."""
+    inner = [name for part in getattr(delta, "deltas", ()) for name in shared_names(part)]
+    return inner if delta.shared is None else [delta.shared, *inner]
 
 
 def check_sites(model: Sam, params: Any, peft: Any) -> None:
     """Raises ValueError for a record that a forward pass does not call exactly once.
 
-    Linen ignores an entry of `peft` that no site reads: a misplaced record would do nothing.
+    Linen ignores an entry of `peft` that no site reads: a misplaced record would do nothing. What
+    is shared must be there, and used.
     """
+    records = deltas(peft)
+    there = set(peft.get(_SHARED, {}))
+    needed = {name: path for path, delta in records.items() for name in shared_names(delta)}
+    for name in sorted(there ^ set(needed)):
+        if name in there:
+            raise ValueError(f"no site reads the shared record {name!r}; remove it")
+        raise ValueError(f"the record at {needed[name]!r} needs the shared record {name!r}")
     shapes = jax.eval_shape(lambda: {"params": params, "peft": peft})
     calls = collections.Counter(info.path for info in model.sites(shapes))
-    for path in deltas(peft):
+    for path in records:
         if calls[path] != 1:
             nearest = difflib.get_close_matches(path, list(calls), n=1, cutoff=0.0)
             raise ValueError(
@@ -176,7 +269,7 @@ def check_sites(model: Sam, params: Any, peft: Any) -> None:
 def groups(spec: PeftSpec, model: Sam, variables: Any) -> Any:
     """`variables` ({"params", "peft"}) with each leaf replaced by its group's name.
 
-    `frozen` and `buffer` never train; the others are labels for `optax.partition`.
+    `frozen`, `buffer` and `derived` never train; the others are labels for `optax.partition`.
     """
     claims = resolve(spec, model).leaves
 
@@ -185,13 +278,13 @@ def groups(spec: PeftSpec, model: Sam, variables: Any) -> Any:
         return rule.config.group if rule and isinstance(rule.config, Train) else FROZEN
 
     params = {path: group(path) for path in flatten_dict(variables["params"])}
-    peft = jax.tree.map(groups_of, variables.get("peft", {}), is_leaf=is_delta)
+    peft = jax.tree.map(lambda r: r.groups(), variables.get("peft", {}), is_leaf=is_record)
     return {"params": unflatten_dict(params), "peft": peft}
 
 
 def trainable(spec: PeftSpec, model: Sam, variables: Any) -> Any:
     """The boolean tree over `variables` that optax masks take: True where a leaf trains."""
-    return jax.tree.map(lambda g: g not in (FROZEN, BUFFER), groups(spec, model, variables))
+    return jax.tree.map(lambda g: g not in UNTRAINED, groups(spec, model, variables))
 
 
 def partition(tree: Any, mask: Any) -> tuple[Any, Any]:
@@ -217,13 +310,20 @@ def merge(model: Sam, params: Any, peft: Any, ctx: Context | None = None) -> Any
     """
     flat = flatten_dict(params)
     infos = {info.path: info for info in model.sites()}
+    ctx = (ctx or Context()).replace(shared=peft.get(_SHARED))
     for path, delta in deltas(peft).items():
-        parts = tuple(path.split("/"))
-        kernel, bias = flat[(*parts, "kernel")], flat.get((*parts, "bias"))
-        new = delta.merge(infos[path], kernel, bias, ctx or Context())
-        for name, old, value in zip(("kernel", "bias"), (kernel, bias), new, strict=True):
-            if value is not None:
-                flat[(*parts, name)] = value if old is None else value.astype(old.dtype)
+        parts, info = tuple(path.split("/")), infos[path]
+        names = (*parts, info.kernel_name), (*parts, "bias")
+        olds = tuple(flat.get(name) for name in names)
+        try:
+            news = delta.merge(info, *olds, ctx)
+        except NotMergeable as error:
+            raise NotMergeable(f"{path}: {error}") from None
+        for name, old, new in zip(names, olds, news, strict=True):
+            if old is None and new is not None:
+                raise NotMergeable(f"{path} has no {name[-1]} that could take the delta's")
+            if old is not None:
+                flat[name] = new.astype(old.dtype)
     return unflatten_dict(flat)
 
 
@@ -243,6 +343,13 @@ def _check_segments(rule: Rule, info: SiteInfo, segments: tuple[str, ...]) -> No
 
 
 def _to_regex(pattern: str) -> re.Pattern[str]:
-    tokens = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern)
-    return re.compile("".join(tokens.get(part, re.escape(part)) for part in parts))
+    tokens = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]", "{": "(?:", "}": ")"}
+    depth, regex = 0, ""
+    for part in re.split(r"(\*\*/|\*\*|[*?{},])", pattern):
+        depth += (part == "{") - (part == "}")
+        if depth not in (0, 1):
+            break
+        regex += "|" if part == "," and depth else tokens.get(part, re.escape(part))
+    if depth:
+        raise ValueError(f"rule {pattern!r} has a brace without its partner, or one in another")
+    return re.compile(regex)

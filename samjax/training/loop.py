@@ -149,7 +149,7 @@ def _prepare(
     """The step, the state before the first one, and the leaves that stay as they are."""
     train_leaves, frozen = peft_lib.partition(base, peft_lib.trainable(spec, model, base))
     labels = trained_labels(peft_lib.groups(spec, model, base))
-    optimizer = make_optimizer(config.optimizer, steps, labels)
+    optimizer = make_optimizer(config.optimizer, steps, labels, config.method.learning_rate)
     train_step = make_train_step(
         model,
         optimizer,

@@ -33,11 +33,17 @@ def objective(
     mask 0 is the mean over all rounds; that of the three multimask outputs, where they are trained,
     is the first round's, since SAM has them for prompts that are ambiguous. Images are encoded
     once, and the backward pass of a round decodes anew, so that memory hardly grows with rounds.
+    What adapters of the encoder add to the loss is the term `adapter_loss`.
     """
     frame, truth = batch["image"].shape[1:3], batch["mask"]
     valid = valid_pixels(batch["input_size"], frame, truth.shape[1:])
-    embeddings = model.apply(
-        variables, batch["image"], batch["input_size"], Context(rng=rng), method="encode"
+    embeddings, added = model.apply(
+        variables,
+        batch["image"],
+        batch["input_size"],
+        Context(rng=rng),
+        method="encode",
+        mutable=["losses"],
     )
 
     def decode(prompts: Prompts, key: Any) -> tuple[Any, Any]:
@@ -76,6 +82,9 @@ def objective(
     if config.multimask:
         multimask = multimask_loss(logits[:, 1:], iou[:, 1:], truth, valid, config)
         loss, terms = loss + multimask, {**terms, "multimask_loss": multimask}
+    if losses := jax.tree.leaves(added):
+        adapter_loss = jnp.sum(jnp.stack(losses))
+        loss, terms = loss + adapter_loss, {**terms, "adapter_loss": adapter_loss}
     return loss, terms
 
 

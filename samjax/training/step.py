@@ -19,7 +19,7 @@ from flax import struct
 from jaxtyping import Array, Int
 
 from samjax.models import Sam
-from samjax.peft.delta import BUFFER, FROZEN
+from samjax.peft.delta import UNTRAINED
 from samjax.peft.spec import combine
 from samjax.training.losses import LossConfig
 from samjax.training.objective import objective
@@ -31,11 +31,11 @@ _BCE_DICE = LossConfig()
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay to zero, after a clip of the global norm."""
 
-    # Peak learning rate of adapters.
-    learning_rate: float = 1e-3
+    # Peak learning rate of adapters; left out, the one that suits the method.
+    learning_rate: float | None = None
     # Peak learning rate of the mask decoder; left out, the same.
     decoder_learning_rate: float | None = None
-    # AdamW's decoupled weight decay.
+    # AdamW's decoupled weight decay, of matrices: biases, norms and other vectors have none.
     weight_decay: float = 1e-4
     # Share of all steps over which the learning rate rises from zero.
     warmup: float = 0.05
@@ -54,9 +54,12 @@ class OptimizerConfig:
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, labels: Any
+    config: OptimizerConfig, steps: int, labels: Any, learning_rate: float = 1e-3
 ) -> optax.GradientTransformation:
-    """The optimiser of the trained leaves; `labels` is their tree of group names."""
+    """The optimiser of the trained leaves; `labels` is their tree of group names.
+
+    `learning_rate` is the peak where the config has none.
+    """
 
     def adamw(peak: float) -> optax.GradientTransformation:
         warmup = min(steps - 1, max(1, round(config.warmup * steps))) if config.warmup else 0
@@ -66,18 +69,24 @@ def make_optimizer(
             warmup_steps=warmup,
             decay_steps=max(steps, 1),
         )
-        return optax.adamw(schedule, weight_decay=config.weight_decay)
+        return optax.adamw(schedule, weight_decay=config.weight_decay, mask=_matrices)
 
     decoder = config.decoder_learning_rate
     peaks = {} if decoder is None else {"decoder": decoder}
+    if config.learning_rate is not None:
+        learning_rate = config.learning_rate
     present = set(jax.tree.leaves(labels))
-    by_group = {name: adamw(peaks.get(name, config.learning_rate)) for name in present}
+    by_group = {name: adamw(peaks.get(name, learning_rate)) for name in present}
     return optax.chain(optax.clip_by_global_norm(config.clip), optax.partition(by_group, labels))
+
+
+def _matrices(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
 def trained_labels(groups: Any) -> Any:
     """Group names of the trained leaves, with None where a leaf is frozen or a buffer."""
-    return jax.tree.map(lambda g: None if g in (FROZEN, BUFFER) else g, groups)
+    return jax.tree.map(lambda g: None if g in UNTRAINED else g, groups)
 
 
 @struct.dataclass

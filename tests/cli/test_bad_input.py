@@ -99,7 +99,7 @@ SETTINGS = {
     TRAIN + " --batch-size 3 --accumulate 2": "accumulate 2 does not divide batch_size 3",
     TRAIN + " --method frob": "unknown method 'frob'",
     "params --method frob": "unknown method 'frob'; this samjax knows lora, decoder",
-    "params --segments qx": "segments must name some of q, k and v",
+    "params --targets x": "invalid choice 'x'",
     TRAIN.replace("tiny.py", "absent.py"): "no experiment file at",
     TRAIN.replace("tiny.py", "broken.py"): "broken.py fails with ZeroDivisionError",
     TRAIN.replace("tiny.py", "without.py"): "defines no function config()",

@@ -16,7 +16,7 @@ def test_params_of_vit_b(call, method, adapter):
 
 
 def test_params_without_the_decoder(call):
-    arguments = ("--model", "vit_t", "--rank", "8", "--no-train-decoder", "--json")
+    arguments = ("--model", "vit_t", "--rank", "8", "--decoder", "none", "--json")
     counts = call("params", *arguments).json
     assert counts["decoder"] == 0 and counts["trainable"] == counts["adapter"] > 0
     twice = call("params", *arguments, "--rank", "16").json

@@ -79,10 +79,10 @@ def test_norms_are_torch_norms():
     var = jnp.abs(normal(8))
     tensors = [torch.tensor(np.array(a)) for a in (x, scale, bias, mean, var)]
     params = {"scale": scale, "bias": bias}
-    ours = LayerNorm(epsilon=1e-6).apply({"params": params}, x)
+    ours = LayerNorm(epsilon=1e-6).apply({"params": params}, x, Context())
     theirs = torch.nn.functional.layer_norm(tensors[0], (8,), tensors[1], tensors[2], 1e-6)
     np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-5)
-    ours = BatchNorm().apply({"params": {**params, "mean": mean, "var": var}}, x)
+    ours = BatchNorm().apply({"params": {**params, "mean": mean, "var": var}}, x, Context())
     theirs = torch_nhwc(
         lambda x, *a: torch.nn.functional.batch_norm(x, a[0], a[1], a[2], a[3]),
         x,
@@ -105,8 +105,8 @@ def test_gelu_is_exact():
 def test_layer_norm_is_float32_under_bfloat16():
     x = jnp.asarray(1000 + normal(4, 64), jnp.bfloat16)
     params = {"scale": np.ones(64, np.float32), "bias": np.zeros(64, np.float32)}
-    ours = LayerNorm(dtype=jnp.bfloat16).apply({"params": params}, x)
-    exact = LayerNorm().apply({"params": params}, x.astype(jnp.float32))
+    ours = LayerNorm(dtype=jnp.bfloat16).apply({"params": params}, x, Context())
+    exact = LayerNorm().apply({"params": params}, x.astype(jnp.float32), Context())
     assert ours.dtype == jnp.bfloat16
     np.testing.assert_allclose(ours.astype(jnp.float32), exact, atol=0.02)
 

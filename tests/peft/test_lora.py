@@ -15,7 +15,7 @@ def make_site(layout: str | None) -> Site:
     segments = layout and Segments(("q", "k", "v"), layout, 2)
     kernel = jnp.asarray(RNG.normal(size=(16, 24)), jnp.float32)
     bias = jnp.asarray(RNG.normal(size=24), jnp.float32)
-    info = SiteInfo("block/attn/qkv", "dense", kernel.shape, segments or None)
+    info = SiteInfo("block/attn/qkv", "dense", kernel.shape, segments=segments or None)
     return Site(info, kernel, bias, lambda x, k, b: x @ k + b)
 
 
@@ -56,10 +56,10 @@ def test_update_and_merge(layout, segments):
 
 def test_initialisation_is_kaiming_uniform():
     site = make_site(None)
-    delta = LoRA(rank=64).init(jax.random.key(0), site, ())
+    delta = LoRA(rank=8).init(jax.random.key(0), site, ())
     a = np.asarray(delta.a)
     assert np.abs(a).max() <= 0.25 and np.abs(a).max() > 0.24  # 1 / sqrt(16)
-    assert abs(a.std() - 0.25 / np.sqrt(3)) < 0.01
+    assert abs(a.std() - 0.25 / np.sqrt(3)) < 0.02
     assert not delta.b.any() and float(delta.scale) == 1.0
 
 

@@ -84,15 +84,17 @@ def test_unknown_segment_is_an_error(small_model):
 
 def test_lora_refuses_convolutions_and_odd_settings(small_model, small_params):
     spec = PeftSpec((Rule("image_encoder/neck_0", LoRA()),))
-    with pytest.raises(ValueError, match="LoRA adapts linear layers"):
+    with pytest.raises(ValueError, match="matches no dense site"):
         peft.attach(spec, small_model, small_params, jax.random.key(0))
     for bad in ({"rank": 0}, {"alpha": 0.0}, {"dropout": 1.0}):
         with pytest.raises(ValueError, match="LoRA"):
             LoRA(**bad)
     for bad in (
         {"method": "loar"},
-        {"segments": "qx"},
-        {"method": "decoder", "train_decoder": False},
+        {"targets": ("x",)},
+        {"method": "decoder", "decoder": "none"},
+        {"method": "decoder", "rank": 4},
+        {"decoder": "some"},
     ):
         with pytest.raises(ValueError):
             MethodConfig(**bad).spec()

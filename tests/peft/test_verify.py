@@ -11,7 +11,7 @@ from samjax.peft import MethodConfig
 @pytest.fixture(scope="module")
 def adapted(small_model, small_params):
     """A LoRA adapter that does something, and what merging it gives."""
-    spec = MethodConfig(train_decoder=False).spec()
+    spec = MethodConfig(decoder="none").spec()
     records = peft.attach(spec, small_model, small_params, jax.random.key(0))
     rng = np.random.default_rng(0)
     records = jax.tree.map(
