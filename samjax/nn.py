@@ -2,7 +2,7 @@
 
 Every layer that can be adapted looks in the `peft` collection under its own path. Finding nothing,
 it is a plain layer; finding a *delta*, a small pytree record, it lets the delta compute the output
-in its stead: `delta(site, x, ctx)`. Norms are sites too, and so are the residual branches of a block
+in its stead: `delta(site, x, ctx)`. Norms are sites too, and so are a block's residual branches
 (`call_branch`). Model code never names a method.
 """
 

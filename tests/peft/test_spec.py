@@ -41,7 +41,7 @@ def test_report_says_what_is_adapted(small_model):
 
 def test_unmatched_rule_names_the_closest_site(small_model):
     spec = PeftSpec((Rule("image_encoder/blocks_*/attn/qvk[q,v]", LoRA()),))
-    with pytest.raises(ValueError, match=r"matches no site.*attn/qkv'"):
+    with pytest.raises(ValueError, match=r"matches no dense site.*attn/qkv'"):
         resolve(spec, small_model)
     with pytest.raises(ValueError, match="matches no leaf"):
         resolve(PeftSpec((Rule("mask_decoders/**", Train()),)), small_model)
