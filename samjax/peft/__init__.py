@@ -1,6 +1,7 @@
 """PEFT methods as functions from trees to trees."""
 
-from samjax.peft.delta import Delta, NotMergeable
+from samjax.peft.compose import Stack, interpolate, pad_rank, pick, scale, side_by_side, stack
+from samjax.peft.delta import Delta, NotComposable, NotMergeable
 from samjax.peft.io import Adapter, apply, describe, load, read, save
 from samjax.peft.lora import LoRA
 from samjax.peft.recipes import RECIPES, MethodConfig
@@ -27,10 +28,12 @@ __all__ = [
     "Freeze",
     "LoRA",
     "MethodConfig",
+    "NotComposable",
     "NotMergeable",
     "PeftSpec",
     "Report",
     "Rule",
+    "Stack",
     "Train",
     "apply",
     "attach",
@@ -38,12 +41,18 @@ __all__ = [
     "combine",
     "describe",
     "groups",
+    "interpolate",
     "load",
     "merge",
+    "pad_rank",
     "partition",
+    "pick",
     "read",
     "report",
     "save",
+    "scale",
+    "side_by_side",
+    "stack",
     "trainable",
     "verify_merge",
 ]

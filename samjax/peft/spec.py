@@ -25,6 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from samjax.models.sam import Sam
 from samjax.nn import BUFFERS, Context, Site, SiteInfo
+from samjax.peft.compose import Stack
 from samjax.peft.delta import (
     FROZEN,
     UNTRAINED,
@@ -38,7 +39,7 @@ from samjax.peft.delta import (
 from samjax.peft.lora import LoRA
 
 # The methods that a spec can name in an adapter file.
-METHODS: dict[str, type[Method]] = {"lora": LoRA}
+METHODS: dict[str, type[Method]] = {"lora": LoRA, "stack": Stack}
 _SHARED = "shared"
 
 
@@ -108,7 +109,7 @@ def _encode(config: Any) -> dict[str, Any]:
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     return {
         "kind": kind,
-        **{k: [_encode(x) for x in v] if isinstance(v, tuple) else v for k, v in fields.items()},
+        **{k: [_encode(m) for m in v] if isinstance(v, tuple) else v for k, v in fields.items()},
     }
 
 
