@@ -1,5 +1,6 @@
 """What several tests share: optional assets, and the original SAM in torch."""
 
+import dataclasses
 import os
 import sys
 import tempfile
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samjax.models import Sam, SamConfig, VitConfig
+from samjax.models import Sam, SamConfig, TinyVitConfig, VitConfig
 from weights_convert import from_params
 
 # Many tests compile the same step; what one compiled the others, and subprocesses, read back.
@@ -83,11 +84,23 @@ def draw_params():
             else:
                 std = 0.1 if name in ("bias", "scale", "pos_embed", "rel_pos_h", "rel_pos_w") else 1
             leaf = rng.normal(float(name == "scale"), std, shape.shape)
-            return leaf.astype(np.float32)
+            return (0.5 + np.abs(leaf) if name == "var" else leaf).astype(np.float32)
 
         return jax.tree_util.tree_map_with_path(draw, model.init_params_shapes())
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_model(small_config) -> Sam:
+    """A SAM of a few hundred kB whose encoder is a TinyViT with a block of each kind."""
+    encoder = TinyVitConfig(embed_dims=(8, 16, 16, 32), depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4))
+    return Sam(dataclasses.replace(small_config, name="tiny", image_encoder=encoder))
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_model, draw_params):
+    return draw_params(tiny_model)
 
 
 @pytest.fixture(scope="session")

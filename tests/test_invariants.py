@@ -1,4 +1,12 @@
-"""The laws that every PEFT method obeys; a new method is one more entry of METHODS."""
+"""The laws that every PEFT method obeys; a new method is one more entry of METHODS.
+
+Each holds in a small ViT and in a small TinyViT. What the laws cost is compilation, so that they
+share compiled functions where they can.
+"""
+
+import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +16,10 @@ import pytest
 from samjax import peft
 from samjax.hashes import params_sha256
 from samjax.models import Prompts, Sam
+from samjax.nn import Context
 from samjax.peft import MethodConfig
+from samjax.peft.delta import UNTRAINED
+from samjax.peft.spec import deltas
 from samjax.training.step import (
     OptimizerConfig,
     init_state,
@@ -18,22 +29,58 @@ from samjax.training.step import (
 )
 
 METHODS = {
-    "lora": MethodConfig(),
-    "lora_qkv_encoder_only": MethodConfig(
-        targets=("q", "k", "v"), rank=2, alpha=8.0, decoder="none"
-    ),
     "decoder": MethodConfig(method="decoder"),
+    "bitfit": MethodConfig(method="bitfit"),
+    "norm": MethodConfig(method="norm"),
+    "last_k": MethodConfig(method="last_k", blocks=1),
+    "full": MethodConfig(method="full", decoder="mask"),
+    "lora": MethodConfig(),
+    "lora_everywhere": MethodConfig(
+        targets=("q", "k", "v", "proj", "mlp", "decoder"), rank=2, alpha=8.0, decoder="none"
+    ),
+    "rslora": MethodConfig(method="rslora", alpha=4.0),
+    "fact_tt": MethodConfig(method="fact_tt", rank=4, targets=("q", "k", "v", "proj", "mlp")),
+    "fact_tk": MethodConfig(method="fact_tk", rank=4),
+    "adapter": MethodConfig(method="adapter", bottleneck=4),
+    "adaptformer": MethodConfig(method="adaptformer", bottleneck=4),
+    "ssf": MethodConfig(method="ssf"),
 }
-RNG = np.random.default_rng(0)
+# Their records have no form as a kernel and a bias.
+NOT_MERGEABLE = {"adapter", "adaptformer"}
+
+# Largest change at the start, in deviations of the logits; a kernel that is put together again from
+# its singular vectors is not the kernel to the bit.
+IDENTITY = {"sam_parser_both": 1e-4, "sam_parser_bases": 1e-4, "sam_parser_code": 1e-4}
 SIDE = 128
 
 
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A method in a model; `moved` is what training might make of its `variables`."""
+
+    name: str
+    model: Sam
+    spec: peft.PeftSpec
+    variables: Any
+    moved: Any
+    moved_again: Any
+
+
+@pytest.fixture(scope="module", params=("vit", "tiny_vit"))
+def model_and_params(request):
+    name = {"vit": "small", "tiny_vit": "tiny"}[request.param]
+    params = jax.tree.map(jnp.asarray, request.getfixturevalue(f"{name}_params"))
+    return request.getfixturevalue(f"{name}_model"), params
+
+
 @pytest.fixture(scope="module", params=METHODS)
-def case(request, small_model, small_params):
-    """(spec, variables with records that do something)."""
+def case(request, model_and_params) -> Case:
+    model, params = model_and_params
     spec = METHODS[request.param].spec()
-    tree = peft.attach(spec, small_model, small_params, jax.random.key(0))
-    return spec, {"params": small_params, "peft": tree}
+    tree = peft.attach(spec, model, params, jax.random.key(0))
+    variables = {"params": params, "peft": tree}
+    moved, again = (disturb(spec, model, variables, seed) for seed in (1, 2))
+    return Case(request.param, model, spec, variables, moved, again)
 
 
 def batch(size: int = 2) -> dict[str, np.ndarray]:
@@ -50,148 +97,172 @@ def batch(size: int = 2) -> dict[str, np.ndarray]:
     }
 
 
+@functools.cache
+def compiled(model: Sam):
+    """The forward pass of a model: the laws of one model share what it compiles."""
+    return jax.jit(lambda variables, *inputs: model.apply(variables, *inputs)[0])
+
+
 def forward(model: Sam, variables) -> np.ndarray:
     inputs = batch()
-    apply = jax.jit(model.apply)
-    logits, _ = apply(variables, inputs["image"], inputs["input_size"], Prompts.none(2))
-    return np.asarray(logits)
+    args = jnp.asarray(inputs["image"]), jnp.asarray(inputs["input_size"]), Prompts.none(2)
+    return np.asarray(compiled(model)(variables, *args))
 
 
-def disturb(variables):
-    """Moves every array of every record, as training would."""
-    moved = jax.tree.map(
-        lambda x: x + 0.05 * jnp.asarray(RNG.normal(size=x.shape), x.dtype), variables["peft"]
-    )
-    return {**variables, "peft": moved}
+def disturb(spec, model, variables, seed: int):
+    """Moves every trained leaf, and a record's numbers that are not derived from the base."""
+    rng = np.random.default_rng(seed)
+
+    def move(group: str, leaf):
+        stays = group in UNTRAINED and group != "buffer"
+        return leaf if stays else leaf + 0.05 * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+
+    return jax.tree.map(move, peft.groups(spec, model, variables), variables)
 
 
-def start(model: Sam, spec, variables, steps: int = 10):
-    mask = peft.trainable(spec, model, variables)
-    train, frozen = peft.partition(variables, mask)
-    labels = trained_labels(peft.groups(spec, model, variables))
+def start(case: Case, model: Sam, steps: int):
+    mask = peft.trainable(case.spec, case.model, case.variables)
+    train, frozen = peft.partition(case.variables, mask)
+    labels = trained_labels(peft.groups(case.spec, case.model, case.variables))
     optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3), steps, labels)
     # Copied, since the step donates its state.
     return init_state(jax.tree.map(jnp.array, train), optimizer), frozen, optimizer
 
 
-def test_identity_at_init(case, small_model, small_params):
-    _, variables = case
-    base = forward(small_model, {"params": small_params})
-    assert np.abs(forward(small_model, variables) - base).max() <= 1e-5 * base.std()
+def test_identity_at_init(case):
+    base = forward(case.model, {"params": case.variables["params"]})
+    change = np.abs(forward(case.model, case.variables) - base).max()
+    assert change <= IDENTITY.get(case.name, 1e-5) * base.std()
 
 
-def test_merge_equals_the_activation_path(case, small_model, small_params):
-    _, variables = case
-    moved = disturb(variables)
-    adapted = forward(small_model, moved)
-    merged = peft.merge(small_model, moved["params"], moved["peft"])
+def test_merge_equals_the_activation_path_or_says_why_not(case):
+    params, tree = case.moved["params"], case.moved["peft"]
+    adapted = forward(case.model, case.moved)
+    if jax.tree.leaves(tree):
+        base = forward(case.model, {"params": params})
+        assert np.abs(adapted - base).max() > 1e-3 * base.std()
+    if case.name in NOT_MERGEABLE:
+        with pytest.raises(peft.NotMergeable, match="^image_encoder/.*: "):
+            peft.merge(case.model, params, tree)
+        return
+    merged = peft.merge(case.model, params, tree)
     np.testing.assert_allclose(
-        forward(small_model, {"params": merged}), adapted, atol=1e-4 * adapted.std()
+        forward(case.model, {"params": merged}), adapted, atol=1e-4 * adapted.std()
     )
-    if jax.tree.leaves(moved["peft"]):
-        base = forward(small_model, {"params": small_params})
-        assert np.abs(adapted - base).max() > 1e-2 * base.std()
 
 
-def test_frozen_leaves_have_no_gradient_and_no_state(case, small_model):
-    spec, variables = case
-    state, frozen, optimizer = start(small_model, spec, variables)
+def test_one_trace_over_swapped_adapters(case):
+    forward(case.model, case.variables)
+    before = compiled(case.model)._cache_size()
+    outputs = [forward(case.model, v) for v in (case.moved, case.moved_again)]
+    assert compiled(case.model)._cache_size() == before
+    assert not np.array_equal(*outputs)
+
+
+def test_every_record_is_read_once(case):
+    params, tree = case.variables["params"], case.variables["peft"]
+    peft.check_sites(case.model, params, tree)
+    if not deltas(tree):
+        return
+    record = next(iter(deltas(tree).values()))
+    misplaced = {
+        **tree,
+        "image_encoder": {**tree.get("image_encoder", {}), "nowhere": {"delta": record}},
+    }
+    with pytest.raises(ValueError, match="image_encoder/nowhere' is called 0 times"):
+        peft.check_sites(case.model, params, misplaced)
+
+
+def test_training_moves_what_trains_alone_in_one_trace(case):
+    state, frozen, optimizer = start(case, case.model, steps=40)
     count = sum(x.size for x in jax.tree.leaves(state.train))
     moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
     assert moments == 2 * count  # AdamW's two, and nothing else
-    assert count == peft.report(spec, small_model).trainable
+    assert count == peft.report(case.spec, case.model).trainable
     before = jax.tree.map(np.array, frozen)
-    step = make_train_step(small_model, optimizer)
+    step = make_train_step(case.model, optimizer)
     first = jax.tree.map(np.array, state.train)
-    for _ in range(3):
+    losses = []
+    for _ in range(8):
         state, logs = step(state, frozen, batch())
-    assert all(np.isfinite(value) for value in logs.values())
+        assert all(np.isfinite(value) for value in logs.values())
+        losses.append(float(logs["loss"]))
+    assert losses[-1] < losses[0]
+    assert step._cache_size() == 1
     assert jax.tree.all(jax.tree.map(np.array_equal, before, frozen))
     changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), first, state.train)
     assert any(jax.tree.leaves(changed))
 
 
-def test_loss_falls_and_accumulation_is_the_mean(case, small_model):
-    spec, variables = case
-    losses = {}
-    for accumulate in (1, 2):
-        state, frozen, optimizer = start(small_model, spec, variables, steps=40)
-        step = make_train_step(small_model, optimizer, accumulate=accumulate)
-        losses[accumulate] = []
-        for _ in range(8):
-            state, logs = step(state, frozen, batch())
-            losses[accumulate].append(float(logs["loss"]))
-    np.testing.assert_allclose(losses[1], losses[2], rtol=1e-3)
-    assert losses[1][-1] < losses[1][0]
+def test_save_and_load_are_bit_equal(case, tmp_path):
+    params = case.variables["params"]
+    file, sha = tmp_path / "a.safetensors", params_sha256(params)
+    saved = peft.save(file, case.spec, case.model, case.moved, sha, {"method": "x"})
+    loaded_params, tree = peft.load(file, case.model, params)
+    assert jax.tree.structure(tree) == jax.tree.structure(case.moved["peft"])
+    assert jax.tree.all(jax.tree.map(np.array_equal, tree, case.moved["peft"]))
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded_params, case.moved["params"]))
+    read = peft.read(file)
+    assert saved.metadata == read.metadata and read.spec == case.spec
 
-
-def test_save_and_load_are_bit_equal(case, small_model, small_params, tmp_path):
-    spec, variables = case
-    moved = disturb(variables)
-    sha = params_sha256(small_params)
-    saved = peft.save(tmp_path / "a.safetensors", spec, small_model, moved, sha, {"method": "x"})
-    params, tree = peft.load(tmp_path / "a.safetensors", small_model, small_params)
-    assert jax.tree.structure(tree) == jax.tree.structure(moved["peft"])
-    assert jax.tree.all(jax.tree.map(np.array_equal, tree, moved["peft"]))
-    assert jax.tree.all(jax.tree.map(np.array_equal, params, moved["params"]))
-    assert saved.metadata == peft.read(tmp_path / "a.safetensors").metadata
-
-    other = jax.tree.map(lambda x: x, small_params)
-    other["mask_decoder"]["iou_token"]["embedding"] = 1 + np.array(
-        other["mask_decoder"]["iou_token"]["embedding"]
-    )
+    other = jax.tree.map(lambda x: x, params)
+    other["prompt_encoder"]["no_mask_embed"]["embedding"] += 1
     with pytest.raises(ValueError, match="trained on other weights"):
-        peft.load(tmp_path / "a.safetensors", small_model, other)
+        peft.load(file, case.model, other)
 
 
-def test_gradient_checkpointing_changes_nothing(case, small_model):
-    spec, variables = case
-    variables = disturb(variables)
-    trained, frozen = peft.partition(variables, peft.trainable(spec, small_model, variables))
+def encoder_gradients(case: Case, model: Sam):
+    """The loss of the embedding and its gradient, with dropout and noise."""
+    trained, frozen = peft.partition(case.moved, peft.trainable(case.spec, case.model, case.moved))
     inputs = batch()
-    outcomes = {}
+    images, sizes = jnp.asarray(inputs["image"]), jnp.asarray(inputs["input_size"])
+
+    def loss(trained, frozen):
+        variables = peft.combine(trained, frozen)
+        ctx = Context(rng=jax.random.key(7))
+        embedding, added = model.apply(
+            variables, images, sizes, ctx, method="encode", mutable=["losses"]
+        )
+        return jnp.mean(jnp.square(embedding)) + sum(map(jnp.sum, jax.tree.leaves(added)))
+
+    return jax.jit(jax.value_and_grad(loss))(trained, frozen)
+
+
+def skip_most_of_tiny_vit(case: Case) -> None:
+    """These laws compile much, and what they are about is the same in both encoders."""
+    if case.model.config.name == "tiny" and case.name not in ("lora", "conv_lora", "adapter"):
+        pytest.skip("checked in the ViT")
+
+
+def test_gradient_checkpointing_changes_nothing(case):
+    skip_most_of_tiny_vit(case)
+    outcomes = []
     for remat in ("none", "blocks"):
-        model = small_model.clone(remat=remat)
-        assert model.sites() == small_model.sites()
-
-        def loss(trained, frozen, model=model):
-            args = jnp.asarray(inputs["image"]), jnp.asarray(inputs["input_size"]), Prompts.none(2)
-            logits, iou = model.apply(peft.combine(trained, frozen), *args)
-            return jnp.mean(jnp.square(logits)) + iou.sum()
-
-        outcomes[remat] = jax.jit(jax.value_and_grad(loss))(trained, frozen)
-    for one, other in zip(*(jax.tree.leaves(o) for o in outcomes.values()), strict=True):
+        model = case.model.clone(remat=remat)
+        assert model.sites() == case.model.sites()
+        outcomes.append(encoder_gradients(case, model))
+    for one, other in zip(*map(jax.tree.leaves, outcomes), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * max(np.abs(one).max(), 1e-6))
 
 
-def test_bfloat16_stays_finite(case, small_model):
-    spec, variables = case
-    model = Sam(small_model.config, dtype=jnp.bfloat16)
-    state, frozen, optimizer = start(model, spec, variables)
-    step = make_train_step(model, optimizer)
-    for _ in range(2):
-        state, logs = step(state, frozen, batch())
-    assert all(np.isfinite(value) for value in logs.values())
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.train))
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.train))
+def test_bfloat16_stays_finite(case):
+    skip_most_of_tiny_vit(case)
+    value, grads = encoder_gradients(case, case.model.clone(dtype=jnp.bfloat16))
+    assert np.isfinite(value)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads))
 
 
-def test_one_trace_over_steps_and_swapped_adapters(case, small_model):
-    spec, variables = case
-    traces = 0
-
-    @jax.jit
-    def apply(variables, image, size):
-        nonlocal traces
-        traces += 1
-        return small_model.apply(variables, image, size, Prompts.none(2))[0]
-
-    inputs = batch()
-    for tree in (variables, disturb(variables), disturb(variables)):
-        apply(tree, inputs["image"], inputs["input_size"])
-    assert traces == 1
-    state, frozen, optimizer = start(small_model, spec, variables)
-    step = make_train_step(small_model, optimizer)
-    for _ in range(3):
-        state, _ = step(state, frozen, batch())
-    assert step._cache_size() == 1
+def test_accumulated_gradients_are_the_mean(small_model, small_params):
+    spec = METHODS["lora"].spec()
+    tree = peft.attach(spec, small_model, small_params, jax.random.key(0))
+    variables = {"params": small_params, "peft": tree}
+    case = Case("lora", small_model, spec, variables, variables, variables)
+    losses: dict[int, list[float]] = {1: [], 2: []}
+    for accumulate, values in losses.items():
+        state, frozen, optimizer = start(case, small_model, steps=40)
+        step = make_train_step(small_model, optimizer, accumulate=accumulate)
+        for _ in range(6):
+            state, logs = step(state, frozen, batch())
+            values.append(float(logs["loss"]))
+    np.testing.assert_allclose(losses[1], losses[2], rtol=1e-3)
