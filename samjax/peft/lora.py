@@ -71,8 +71,8 @@ def drop(x: Array, rate: float, site: Site, ctx: Context) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRA(Method):
-    """Settings of LoRA. A is Kaiming-uniform (a = sqrt 5), B is zero: the identity at the start.
+class LowRank(Method):
+    """Settings of LoRA and of the methods that hold its two factors.
 
     `rank`: columns of A; `alpha`: the update is scaled by alpha / rank (None: alpha = rank, so that
     the scale is 1); `dropout`: probability with which an input of A is zeroed in training;
@@ -88,11 +88,15 @@ class LoRA(Method):
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"LoRA: rank must be at least 1, not {self.rank}")
+            raise ValueError(f"{self._name}: rank must be at least 1, not {self.rank}")
         if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"LoRA: alpha must be positive, not {self.alpha}")
+            raise ValueError(f"{self._name}: alpha must be positive, not {self.alpha}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRA: dropout must be in [0, 1), not {self.dropout}")
+            raise ValueError(f"{self._name}: dropout must be in [0, 1), not {self.dropout}")
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
 
     @property
     def scale(self) -> float:
@@ -100,10 +104,10 @@ class LoRA(Method):
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
-    def init(self, key: Any, site: Site, segments: tuple[str, ...]) -> LoRADelta:
-        """The record for one linear layer, or for some `segments` of a fused one."""
-        width, out = site.info.kernel_shape[0], segment_width(site.info, segments)
-        check_rank("LoRA", self.rank, site.info, min(width, out))
+    def linear(self, key: Any, info: SiteInfo, segments: tuple[str, ...]) -> LoRADelta:
+        """LoRA's factors for one linear layer, or for some `segments` of a fused one."""
+        width, out = info.kernel_shape[0], segment_width(info, segments)
+        check_rank(self._name, self.rank, info, min(width, out))
         num = max(1, len(segments))
         return LoRADelta(
             a=kaiming_uniform(key, (num, width, self.rank), width),
@@ -112,6 +116,15 @@ class LoRA(Method):
             segments=segments,
             dropout=self.dropout,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA(LowRank):
+    """Settings of LoRA. A is Kaiming-uniform (a = sqrt 5), B is zero: the identity at the start."""
+
+    def init(self, key: Any, site: Site, segments: tuple[str, ...]) -> LoRADelta:
+        """The record for one linear layer, or for some `segments` of a fused one."""
+        return self.linear(key, site.info, segments)
 
 
 def kaiming_uniform(key: Any, shape: tuple[int, ...], fan_in: int) -> Array:
