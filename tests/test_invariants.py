@@ -36,21 +36,31 @@ METHODS = {
     "full": MethodConfig(method="full", decoder="mask"),
     "lora": MethodConfig(),
     "lora_everywhere": MethodConfig(
-        targets=("q", "k", "v", "proj", "mlp", "decoder"), rank=2, alpha=8.0, decoder="none"
+        targets=("q", "k", "v", "proj", "mlp", "decoder", "conv"),
+        rank=2,
+        alpha=8.0,
+        decoder="none",
     ),
     "rslora": MethodConfig(method="rslora", alpha=4.0),
+    "dora": MethodConfig(method="dora", rank=2, targets=("q", "v", "proj", "mlp")),
+    "lora_conv": MethodConfig(method="lora_conv", rank=2),
     "fact_tt": MethodConfig(method="fact_tt", rank=4, targets=("q", "k", "v", "proj", "mlp")),
     "fact_tk": MethodConfig(method="fact_tk", rank=4),
     "adapter": MethodConfig(method="adapter", bottleneck=4),
     "adaptformer": MethodConfig(method="adaptformer", bottleneck=4),
     "ssf": MethodConfig(method="ssf"),
+    "conv_lora": MethodConfig(method="conv_lora", experts=4),
+    "sam_parser": MethodConfig(method="sam_parser"),
+    "sam_parser_everywhere": MethodConfig(method="sam_parser", targets=("neck", "transformer")),
+    "sam_parser_bases": MethodConfig(method="sam_parser", train="bases"),
+    "sam_parser_code": MethodConfig(method="sam_parser", recipe="code"),
 }
 # Their records have no form as a kernel and a bias.
-NOT_MERGEABLE = {"adapter", "adaptformer"}
+NOT_MERGEABLE = {"adapter", "adaptformer", "conv_lora"}
 
 # Largest change at the start, in deviations of the logits; a kernel that is put together again from
 # its singular vectors is not the kernel to the bit.
-IDENTITY = {"sam_parser_both": 1e-4, "sam_parser_bases": 1e-4, "sam_parser_code": 1e-4}
+IDENTITY = {"sam_parser_bases": 1e-4, "sam_parser_code": 1e-4}
 SIDE = 128
 
 

@@ -1,11 +1,18 @@
 """PEFT methods as functions from trees to trees."""
 
+from samjax.peft.adaptformer import AdaptFormer
 from samjax.peft.compose import Stack, interpolate, pad_rank, pick, scale, side_by_side, stack
+from samjax.peft.conv_lora import ConvLoRA
 from samjax.peft.delta import Delta, NotComposable, NotMergeable
+from samjax.peft.dora import DoRA
+from samjax.peft.fact import FacT
+from samjax.peft.houlsby import Houlsby
 from samjax.peft.io import Adapter, apply, describe, load, read, save
 from samjax.peft.lora import LoRA
+from samjax.peft.lora_conv import LoRAConv
 from samjax.peft.recipes import RECIPES, MethodConfig
 from samjax.peft.report import Report, report
+from samjax.peft.sam_parser import SAMParser
 from samjax.peft.spec import (
     Freeze,
     PeftSpec,
@@ -19,20 +26,29 @@ from samjax.peft.spec import (
     partition,
     trainable,
 )
+from samjax.peft.ssf import SSF
 from samjax.peft.verify import verify_merge
 
 __all__ = [
     "RECIPES",
+    "SSF",
+    "AdaptFormer",
     "Adapter",
+    "ConvLoRA",
     "Delta",
+    "DoRA",
+    "FacT",
     "Freeze",
+    "Houlsby",
     "LoRA",
+    "LoRAConv",
     "MethodConfig",
     "NotComposable",
     "NotMergeable",
     "PeftSpec",
     "Report",
     "Rule",
+    "SAMParser",
     "Stack",
     "Train",
     "apply",

@@ -12,8 +12,16 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
+from samjax.peft.adaptformer import AdaptFormer
+from samjax.peft.conv_lora import ConvLoRA
+from samjax.peft.dora import DoRA
+from samjax.peft.fact import FacT
+from samjax.peft.houlsby import Houlsby
 from samjax.peft.lora import LoRA
+from samjax.peft.lora_conv import LoRAConv
+from samjax.peft.sam_parser import SAMParser
 from samjax.peft.spec import Freeze, PeftSpec, Rule, Train
+from samjax.peft.ssf import SSF
 
 _TRAIN_DECODER = Rule("mask_decoder/**", Train(group="decoder"))
 _DECODER = {
@@ -25,7 +33,9 @@ _DECODER = {
     ),
     "none": (),
 }
-Target = Literal["q", "k", "v", "proj", "mlp", "decoder"]
+Target = Literal[
+    "qkv", "q", "k", "v", "proj", "attn", "mlp", "decoder", "conv", "neck", "transformer"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +51,25 @@ class MethodConfig:
     rank: int | None = None
     # LoRA's update is scaled by alpha / rank; its own default is the rank.
     alpha: float | None = None
-    # What is adapted: some of q, k, v, proj, mlp, decoder.
+    # What the adapter's update is multiplied by.
+    scale: float | None = None
+    # Hidden channels of an adapter beside or after a branch.
+    bottleneck: int | None = None
+    # What is adapted: some of q, k, v, proj, mlp, decoder, conv, or qkv, the fused projection as
+    # one; of a block's branches attn, mlp; or of neck, transformer.
     targets: tuple[Target, ...] | None = None
     # Probability with which an input of the adapter is zeroed in training.
     dropout: float | None = None
+    # How many experts a mixture has.
+    experts: int | None = None
+    # Weight of the loss that balances a mixture's experts.
+    balance: float | None = None
     # How many of the encoder's last blocks train (last_k).
     blocks: int | None = None
+    # Whose setting it is, where they differ: the paper's, or its authors' code's (sam_parser).
+    recipe: Literal["paper", "code"] | None = None
+    # Which factors of a decomposed kernel train (sam_parser).
+    train: Literal["coefficients", "bases", "both"] | None = None
     # How much of the mask decoder trains beside the adapter: all of it; what the single mask needs
     # (mask), without the IoU head and the multi-mask outputs; none. Without it the adapter file is
     # a few hundred kB.
@@ -136,7 +159,8 @@ def lora(
     dropout: float = 0.0,
 ) -> tuple[Rule, ...]:
     """LoRA on q and v of every encoder block (SAMed's setting), or on other `targets`."""
-    return _linear_rules(LoRA(rank, alpha, dropout), targets)
+    config, conv = LoRA(rank, alpha, dropout), LoRAConv(rank, alpha, dropout)
+    return _linear_rules(config, targets, conv)
 
 
 def rslora(
@@ -147,27 +171,154 @@ def rslora(
     dropout: float = 0.0,
 ) -> tuple[Rule, ...]:
     """LoRA scaled by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023)."""
-    return _linear_rules(LoRA(rank, alpha, dropout, rank_stabilized=True), targets)
+    settings = (rank, alpha, dropout, True)
+    return _linear_rules(LoRA(*settings), targets, LoRAConv(*settings))
 
 
-def _linear_rules(config: Any, targets: tuple[str, ...]) -> tuple[Rule, ...]:
-    """A method on linear layers: q, k, v and proj of attention, both layers of MLPs, the decoder's.
+def dora(
+    *,
+    rank: int = 4,
+    alpha: float | None = None,
+    targets: tuple[str, ...] = ("q", "v"),
+    dropout: float = 0.0,
+) -> tuple[Rule, ...]:
+    """DoRA on q and v of every encoder block, or on other `targets` (Liu et al. 2024)."""
+    return _linear_rules(DoRA(rank, alpha, dropout), targets)
 
-    Raises ValueError for a target that there is not, or for none.
+
+def lora_conv(
+    *, rank: int = 4, alpha: float | None = None, dropout: float = 0.0
+) -> tuple[Rule, ...]:
+    """LoRA on the encoder's convolutions: patch embedding, neck, and TinyViT's own."""
+    return (_convolutions(LoRAConv(rank, alpha, dropout)),)
+
+
+def _convolutions(config: Any) -> Rule:
+    return Rule("image_encoder/**", config)
+
+
+def fact_tt(
+    *,
+    rank: int = 8,
+    targets: tuple[str, ...] = ("q", "k", "v"),
+    scale: float = 1.0,
+    dropout: float = 0.0,
+) -> tuple[Rule, ...]:
+    """FacT in its tensor-train form on q, k and v of every encoder block, or on `targets`."""
+    return _linear_rules(FacT(rank, "tt", scale, dropout), targets)
+
+
+def fact_tk(
+    *,
+    rank: int = 8,
+    targets: tuple[str, ...] = ("q", "k", "v"),
+    scale: float = 1.0,
+    dropout: float = 0.0,
+) -> tuple[Rule, ...]:
+    """FacT in its Tucker form on q, k and v of every encoder block, or on `targets`."""
+    return _linear_rules(FacT(rank, "tk", scale, dropout), targets)
+
+
+def adapter(
+    *, bottleneck: int = 16, targets: tuple[str, ...] = ("attn", "mlp")
+) -> tuple[Rule, ...]:
+    """A bottleneck in series with attention and MLP of every encoder block (Houlsby et al. 2019).
+
+    Raises ValueError for a target that is no branch, or for none.
     """
-    known = ("q", "k", "v", "proj", "mlp", "decoder")
+    _check_targets(targets, ("attn", "mlp"))
+    config = Houlsby(bottleneck)
+    return tuple(Rule(f"image_encoder/**/{name}", config) for name in dict.fromkeys(targets))
+
+
+def adaptformer(
+    *, bottleneck: int = 16, scale: float = 1.0, dropout: float = 0.1
+) -> tuple[Rule, ...]:
+    """A bottleneck in parallel with the MLP of every encoder block (Chen et al. 2022)."""
+    return (Rule("image_encoder/**/mlp", AdaptFormer(bottleneck, scale, dropout)),)
+
+
+def ssf() -> tuple[Rule, ...]:
+    """A scale and a shift of each channel, after every layer of the encoder (Lian et al. 2022)."""
+    return (Rule("image_encoder/**", SSF()),)
+
+
+def sam_parser(
+    *,
+    recipe: str = "paper",
+    train: str | None = None,
+    targets: tuple[str, ...] | None = None,
+) -> tuple[Rule, ...]:
+    """The coefficients of the neck's two convolutions, or of other `targets` (Peng et al. 2024).
+
+    `recipe` "code" is what the authors' script trains, the whole neck. Raises ValueError for that
+    with another setting.
+    """
+    if recipe not in ("paper", "code"):
+        raise ValueError(f"recipe must be one of paper, code, not {recipe!r}")
+    if recipe == "code":
+        if train is not None or targets is not None:
+            raise ValueError("recipe 'code' trains the whole neck; leave out train and targets")
+        norms = Rule("image_encoder/neck_{1,3}/*", Train())
+        return (Rule("image_encoder/neck_{0,2}", SAMParser("both")), norms)
+    targets = ("neck",) if targets is None else targets
+    _check_targets(targets, ("neck", "transformer"))
+    config = SAMParser() if train is None else SAMParser(train)
+    patterns = {
+        "neck": ("image_encoder/neck_{0,2}",),
+        "transformer": ("image_encoder/**/attn/{qkv,proj}", "image_encoder/**/mlp/*"),
+    }
+    return tuple(Rule(p, config) for name in patterns if name in targets for p in patterns[name])
+
+
+def conv_lora(
+    *,
+    rank: int = 3,
+    alpha: float = 32.0,
+    experts: int = 8,
+    balance: float = 1e-2,
+    targets: tuple[str, ...] = ("qkv",),
+    dropout: float = 0.0,
+) -> tuple[Rule, ...]:
+    """LoRA with a mixture of convolutions between its factors (Zhong et al. 2024)."""
+    _check_targets(targets, ("qkv", "q", "k", "v", "proj", "mlp"))
+    return _linear_rules(ConvLoRA(rank, alpha, experts, balance, dropout), targets)
+
+
+def _check_targets(targets: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """Raises ValueError for a target that there is not, or for none."""
     unknown = [name for name in targets if name not in known]
     if unknown or not targets:
         wrong = repr(unknown[0]) if unknown else "nothing"
         raise ValueError(f"targets must name some of {', '.join(known)}, not {wrong}")
+
+
+def _linear_rules(config: Any, targets: tuple[str, ...], conv: Any = None) -> tuple[Rule, ...]:
+    """A method on linear layers: q, k, v and proj of attention, both layers of MLPs, the decoder's.
+
+    The target qkv is the fused projection as one, without segments. `conv`: what adapts the
+    encoder's convolutions, for the target conv. Raises ValueError for a target that there is not,
+    or for none.
+    """
+    if "conv" in targets and conv is None:
+        raise ValueError(
+            f"{type(config).__name__} is defined for linear layers alone: take conv from targets, "
+            "or use lora, rslora or lora_conv for convolutions"
+        )
+    convs = ("conv",) if conv else ()
+    _check_targets(targets, ("qkv", "q", "k", "v", "proj", "mlp", "decoder", *convs))
     segments = [name for name in "qkv" if name in targets]
+    if segments and "qkv" in targets:
+        raise ValueError("the target qkv is all of q, k and v as one: name it without them")
     patterns = {
+        "qkv": "image_encoder/**/attn/qkv",
         "proj": "image_encoder/**/attn/proj",
         "mlp": "image_encoder/**/mlp/*",
         "decoder": "mask_decoder/transformer/**/{q_proj,v_proj}",
     }
     rules = [Rule(f"image_encoder/**/attn/qkv[{','.join(segments)}]", config)] if segments else []
     rules += [Rule(pattern, config) for name, pattern in patterns.items() if name in targets]
+    rules += [_convolutions(conv)] if "conv" in targets else []
     return tuple(rules)
 
 
@@ -179,4 +330,13 @@ RECIPES: dict[str, Recipe] = {
     "full": Recipe(full, 1e-4),
     "lora": Recipe(lora),
     "rslora": Recipe(rslora),
+    "dora": Recipe(dora),
+    "lora_conv": Recipe(lora_conv),
+    "fact_tt": Recipe(fact_tt),
+    "fact_tk": Recipe(fact_tk),
+    "adapter": Recipe(adapter),
+    "adaptformer": Recipe(adaptformer),
+    "ssf": Recipe(ssf),
+    "sam_parser": Recipe(sam_parser),
+    "conv_lora": Recipe(conv_lora, 3e-4),
 }

@@ -25,7 +25,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from samjax.models.sam import Sam
 from samjax.nn import BUFFERS, Context, Site, SiteInfo
+from samjax.peft.adaptformer import AdaptFormer
 from samjax.peft.compose import Stack
+from samjax.peft.conv_lora import ConvLoRA
 from samjax.peft.delta import (
     FROZEN,
     UNTRAINED,
@@ -36,10 +38,27 @@ from samjax.peft.delta import (
     is_delta,
     is_record,
 )
+from samjax.peft.dora import DoRA
+from samjax.peft.fact import FacT
+from samjax.peft.houlsby import Houlsby
 from samjax.peft.lora import LoRA
+from samjax.peft.lora_conv import LoRAConv
+from samjax.peft.sam_parser import SAMParser
+from samjax.peft.ssf import SSF
 
 # The methods that a spec can name in an adapter file.
-METHODS: dict[str, type[Method]] = {"lora": LoRA, "stack": Stack}
+METHODS: dict[str, type[Method]] = {
+    "lora": LoRA,
+    "dora": DoRA,
+    "lora_conv": LoRAConv,
+    "stack": Stack,
+    "conv_lora": ConvLoRA,
+    "fact": FacT,
+    "adapter": Houlsby,
+    "adaptformer": AdaptFormer,
+    "ssf": SSF,
+    "sam_parser": SAMParser,
+}
 _SHARED = "shared"
 
 
