@@ -35,18 +35,38 @@ verbs:
               samjax check-data my_images
   train       fine-tune, as an experiment file says
               samjax train experiments/kvasir_lora.py --weights mobile_sam --data Kvasir-SEG
+  compare     several methods at one budget, in one table
+              samjax compare experiments/kvasir_lora.py --methods decoder lora --seeds 0 1 2
   eval        Dice and IoU of a run, or of an experiment's weights before training
               samjax eval runs/kvasir_lora --split test
   params      how many numbers a method trains
               samjax params --model vit_b --method lora
+  bench       how fast methods train on this machine
+              samjax bench methods --model vit_b
   merge       fold an adapter into its weights
               samjax merge --weights mobile_sam --adapter runs/kvasir_lora/adapter.safetensors dst
+  convert-adapter
+              an adapter of HuggingFace's peft or of SAMed to samjax's, or one to peft's
+              samjax convert-adapter peft_folder adapter.safetensors --weights sam_vit_b
 
 `samjax VERB --help` lists a verb's options.
 """
 
 
-_VERBS = ("weights", "convert", "predict", "data", "check-data", "train", "eval", "params", "merge")
+_VERBS = (
+    "weights",
+    "convert",
+    "predict",
+    "data",
+    "check-data",
+    "train",
+    "compare",
+    "eval",
+    "params",
+    "bench",
+    "merge",
+    "convert-adapter",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

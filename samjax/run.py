@@ -14,6 +14,7 @@ A `.lock` file keeps other processes out while one works in the folder.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ from samjax.training.loop import fit
 from samjax.viz import save_png
 
 ADAPTER = "adapter.safetensors"
+BEFORE = "eval_before.csv"
 
 _KINDS = {"train": "training", "validation": "validation", "test": "test"}
 
@@ -59,6 +61,17 @@ def open_data(config: Config, split: str, console: Console) -> Dataset:
         classes=config.classes,
         track=progress_on(console),
     )
+
+
+def open_sources(config: Config, console: Console) -> dict[str, Dataset]:
+    """The splits that a run of `config` needs. Raises ValueError where one cannot be used."""
+    sources = {"train": open_data(config, "train", console)}
+    if config.validate_every is not None:
+        sources["validation"] = _open_validation(config, console)
+    sources["test"] = open_data(config, "test", console)
+    for source in sources.values():
+        source.check_sizes()
+    return sources
 
 
 def open_model(config: Config, adapter: Path | None = None) -> tuple[Sam, Any]:
@@ -149,8 +162,13 @@ def _evaluate(config: Config, split: str, console: Console, run: Path | None) ->
     return _evaluate_with_bar(config, model, variables, source, console, f"evaluating {split}")
 
 
-def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[str, Any]:
+def train(
+    config: Config, out: Path, *, resume: bool, console: Console, before_in: Path | None = None
+) -> dict[str, Any]:
     """Runs `config` in the folder `out` and returns the summary.
+
+    `before_in` is the folder of a run that differs in its method or optimiser alone and has been
+    evaluated before training, which is then not done again.
 
     What can be checked is checked before anything is written. Raises FileExistsError for a folder
     in use without `resume`, ValueError for a config that cannot be, RuntimeError where another
@@ -163,30 +181,40 @@ def train(config: Config, out: Path, *, resume: bool, console: Console) -> dict[
         console.print(f"{out} is finished already")
         return read_record(out / "summary.json", "delete it, and --resume writes it anew")
     spec = config.method.spec()
-    sources = {"train": open_data(config, "train", console)}
-    if config.validate_every is not None:
-        sources["validation"] = _open_validation(config, console)
-    sources["test"] = open_data(config, "test", console)
-    for source in sources.values():
-        source.check_sizes()
+    sources = open_sources(config, console)
     model, variables = open_model(config)
     params = variables["params"]
     console.print(f"{model.config.name} at {model.config.frame} px, {config.weights}")
-    console.print(str(peft_lib.report(spec, model)))
+    report = peft_lib.report(spec, model)
+    console.print(str(report))
     *counts, last = (f"{len(source)} {_KINDS[name]}" for name, source in sources.items())
     console.print(f"{', '.join(counts)} and {last} images, {config.data}")
     base_sha256 = params_sha256(params)
     inputs = inputs_of(sources, base_sha256)
     check_inputs(out, inputs, config)
+    known_before = None
+    if before_in is not None:
+        check_inputs(before_in, inputs, config)
+        known_before = Evaluation.read_csv(before_in / BEFORE)
     adapters = peft_lib.attach(spec, model, params, jax.random.key(config.seed))
     base = jax.device_put({"params": params, "peft": adapters})
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     with run_lock(out):
         _check_folder(config, out, resume)  # another run may have come and gone since
-        _write_json(out / "config.json", config.to_json())  # first: it makes this a run folder
-        _write_json(out / "inputs.json", inputs)
-        return _train(config, out, spec, model, base, base_sha256, sources, console)
+        write_json(out / "config.json", config.to_json())  # first: it makes this a run folder
+        write_json(out / "inputs.json", inputs)
+        summary = _train(
+            config, out, spec, model, base, base_sha256, sources, console, known_before
+        )
+        summary |= {
+            "trainable": report.trainable,
+            "input_size": list(model.config.frame.shape),
+            "device": jax.devices()[0].device_kind,
+            "date": datetime.date.today().isoformat(),
+        }
+        write_json(out / "summary.json", summary)
+        return summary
 
 
 def _train(
@@ -198,15 +226,17 @@ def _train(
     base_sha256: str,
     sources: dict[str, Dataset],
     console: Console,
+    known_before: Evaluation | None,
 ) -> dict[str, Any]:
     """The run itself, in a folder that is this process's; no part that is done is repeated."""
 
-    def evaluation(variables: Any, when: str) -> Evaluation:
+    def evaluation(variables: Any, when: str, known: Evaluation | None = None) -> Evaluation:
         """Evaluates on the test split, or reads what an interrupted run has evaluated already."""
         path, test = out / f"eval_{when}.csv", sources["test"]
         if not path.is_file():
             title = f"evaluating {when}"
-            _evaluate_with_bar(config, model, variables, test, console, title).write_csv(path)
+            known = known or _evaluate_with_bar(config, model, variables, test, console, title)
+            known.write_csv(path)
         try:
             result = Evaluation.read_csv(path)
             if result.names != test.names:
@@ -224,7 +254,7 @@ def _train(
     def validate(variables: Any) -> dict[str, float]:
         return evaluate_source(config, model, variables, sources["validation"]).mean
 
-    before = evaluation(base, "before")
+    before = evaluation(base, "before", known_before)
     fitted = fit(
         config,
         model,
@@ -260,9 +290,11 @@ def _train(
         "kept_step": fitted.kept_step,
         "seconds_per_step": fitted.seconds_per_step,
     }
+    if fitted.step_memory is not None:
+        summary["step_bytes"] = fitted.step_memory.bytes
+        summary["step_bytes_from"] = fitted.step_memory.origin
     if fitted.best is not None:
         summary["best_validation"] = {"step": fitted.best.step, **fitted.best.metrics}
-    _write_json(out / "summary.json", summary)
     return summary
 
 
@@ -315,6 +347,7 @@ def _check_folder(config: Config, out: Path, resume: bool) -> None:
         )
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """A JSON object in a file, whole or absent."""
     with write_beside(path) as temporary:
         temporary.write_text(json.dumps(data, indent=2) + "\n")

@@ -44,6 +44,7 @@ class Fitted:
     kept_step: int
     best: Best | None  # the best validation, where there are any
     seconds_per_step: float | None  # the median; None where no interval was timed
+    step_memory: memory.StepMemory | None  # None where no step was left to do
 
 
 def fit(
@@ -68,7 +69,7 @@ def fit(
     refuses, and RuntimeError where memory runs out.
     """
     steps = config.num_steps(len(source))
-    train_step, state, frozen = _prepare(config, model, spec, base, steps)
+    train_step, state, frozen = prepare(config, model, spec, base, steps)
     dataset = train_batches(
         source,
         frame=model.config.frame,
@@ -87,13 +88,14 @@ def fit(
         if start:
             console.print(f"resuming after step {start}")
         log = MetricsLog(out / "metrics.jsonl", start)
+        step_memory = None
         task = bar.add_task("training", total=steps, completed=start, note="compiling")
         ended = start == steps or _out_of_patience(config, checkpoints.best(), start)
         feed = Feed(batches_from(dataset, start, start if ended else steps))
         while not ended:
             inputs, images = _take(feed, source, checkpoints, state)
             if step == start:
-                _tell_memory(console, train_step, state, frozen, inputs)
+                train_step, step_memory = _compile(console, train_step, state, frozen, inputs)
             with memory.exhaustion():
                 state, logs = train_step(state, frozen, inputs)
                 feed.advance()  # while the step computes
@@ -140,13 +142,16 @@ def fit(
         if kept_step != step:
             state = checkpoints.restore(state, kept_step)
     variables = peft_lib.combine(state.train, frozen)
-    return Fitted(variables, step, kept_step, best, log.seconds_per_step())
+    return Fitted(variables, step, kept_step, best, log.seconds_per_step(), step_memory)
 
 
-def _prepare(
+def prepare(
     config: Config, model: Sam, spec: peft_lib.PeftSpec, base: Any, steps: int
 ) -> tuple[Any, TrainState, Any]:
-    """The step, the state before the first one, and the leaves that stay as they are."""
+    """What `fit` trains with: the step, the state before it, and the leaves that stay as they are.
+
+    `base` survives: its trained leaves are copied, the others are shared.
+    """
     train_leaves, frozen = peft_lib.partition(base, peft_lib.trainable(spec, model, base))
     labels = trained_labels(peft_lib.groups(spec, model, base))
     optimizer = make_optimizer(config.optimizer, steps, labels, config.method.learning_rate)
@@ -194,8 +199,11 @@ def _note(values: dict[str, float]) -> str:
     return ", ".join(f"{text} {values[key]:.4f}" for key, text in shown.items() if key in values)
 
 
-def _tell_memory(console: Console, step: Any, *arguments: Any) -> None:
-    """Says, before minutes of compilation, what a step needs, and warns where there is less."""
+def _compile(console: Console, step: Any, *arguments: Any) -> tuple[Any, memory.StepMemory]:
+    """The step, compiled for arguments like these, which all of a run's are, and what it needs.
+
+    Says that, as an estimate, before the minutes that it may take, and warns where there is less.
+    """
     need = memory.estimate(step, *arguments)
     console.print(str(need))
     have = memory.available_bytes(jax.devices()[0])
@@ -203,3 +211,6 @@ def _tell_memory(console: Console, step: Any, *arguments: Any) -> None:
         console.print(
             f"warning: there are {memory.gigabytes(have)}, which may not do: {memory.ADVICE}"
         )
+    with memory.exhaustion():
+        compiled = step.lower(*arguments).compile()
+    return compiled, memory.compiled_memory(compiled, need)

@@ -57,6 +57,24 @@ def estimate(step: Any, state: Any, frozen: Any, batch: Any) -> MemoryEstimate:
     return MemoryEstimate(_tree_bytes(frozen), _tree_bytes(state), _tree_bytes(batch), activations)
 
 
+@dataclasses.dataclass(frozen=True)
+class StepMemory:
+    """Bytes on one device while a step runs, and who says so."""
+
+    bytes: int
+    origin: str  # "compiler" or "estimate"
+
+
+def compiled_memory(compiled: jax.stages.Compiled, need: MemoryEstimate) -> StepMemory:
+    """What the compiler counts for a step; the estimate, where it tells nothing."""
+    stats = compiled.memory_analysis()
+    if stats is None:
+        return StepMemory(need.total, "estimate")
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes  # the rest has donated room
+    total = stats.argument_size_in_bytes + outputs + stats.temp_size_in_bytes
+    return StepMemory(total, "compiler")
+
+
 def peak_bytes(jaxpr: ClosedJaxpr) -> int:
     """The most bytes that a program's own arrays have at one time, its arguments aside."""
     return _peak(jaxpr.jaxpr, {})

@@ -12,7 +12,7 @@ def open_experiment(argv: list[str], verb: str, doc: str) -> Experiment:
     """The experiment that the first argument names; without one, help or an error."""
     if not argv or argv[0].startswith("-"):
         if argv and argv[0] in ("-h", "--help"):
-            what = "EXPERIMENT.py" if verb == "train" else "RUN|EXPERIMENT.py"
+            what = "RUN|EXPERIMENT.py" if verb == "eval" else "EXPERIMENT.py"
             sys.stdout.write(
                 f"usage: samjax {verb} {what} [OPTIONS]\n\n{doc}\n\n"
                 f"`samjax {verb} EXPERIMENT.py --help` lists the settings and their values.\n"
@@ -26,5 +26,6 @@ def open_experiment(argv: list[str], verb: str, doc: str) -> Experiment:
 
 _EXAMPLES = {
     "train": "samjax train experiments/demo_nuclei.py",
+    "compare": "samjax compare experiments/kvasir_lora.py --methods decoder lora",
     "eval": "samjax eval experiments/kvasir_lora.py, or a run folder",
 }

@@ -2,7 +2,10 @@
 
 import pytest
 
-VERBS = ("weights", "convert", "predict", "data", "check-data", "train", "eval", "params", "merge")
+VERBS = (
+    *("weights", "convert", "predict", "data", "check-data"),
+    *("train", "compare", "eval", "params", "merge", "convert-adapter"),
+)
 
 
 def test_the_help_shows_an_example_of_each_verb(call):
@@ -21,7 +24,7 @@ def test_each_verb_has_help_with_an_example(call, verb):
     assert f"Example: samjax {verb} " in result.out
 
 
-@pytest.mark.parametrize("verb", ["train", "eval"])
+@pytest.mark.parametrize("verb", ["train", "compare", "eval"])
 def test_the_help_of_an_experiment(call, files, verb):
     result = call(verb, files / "tiny.py", "--help")
     assert result.code == 0

@@ -1,0 +1,57 @@
+"""`samjax compare`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from samjax.arguments import Outcome, parse
+from samjax.config import Config
+from samjax.verbs.experiment import open_experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Trains several methods one after another, as an experiment file says, and compares them.
+
+    The same command goes on where an interrupted one stopped. Each run is a folder of its own,
+    OUT/METHOD/seed_SEED, as `samjax train` leaves it.
+
+    Example: samjax compare experiments/kvasir_lora.py --methods decoder lora "lora:rank=8,targets=q+k+v" --seeds 0 1 2
+    """  # noqa: E501
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    out: Path
+    """The folder of the runs and of compare.md, compare.csv, compare.json and compare.png."""
+    methods: tuple[str, ...] = ()
+    """Names of methods, each alone or with settings: NAME:SETTING=VALUE,SETTING=VALUE; several
+    values are joined by +, and learning_rate is a setting, too. Other settings are the
+    experiment's, where the method has them."""
+    seeds: tuple[int, ...] = ()
+    """Seeds that each method is trained with; left out, the experiment's own."""
+    json: bool = False
+    """Print one JSON object, on one line, last on stdout."""
+
+
+def run(argv: list[str], console: Console) -> Outcome:
+    """Reads the experiment and the arguments, and runs the verb."""
+    experiment = open_experiment(argv, "compare", inspect.getdoc(Compare) or "")
+    out = Path("runs") / f"compare_{Path(argv[0]).stem}"
+    default = Compare(config=experiment.config, out=out)
+    args = parse(Compare, argv[1:], "samjax compare EXPERIMENT.py", default, experiment.doc)
+    from samjax.compare import compare, plan
+
+    runs = plan(args.config, args.methods, args.seeds or (args.config.seed,), args.out)
+    # Before `prepare`, which may download, only what needs no data and no weights is checked.
+    experiment.prepare(args.config, console)
+    comparison = compare(runs, args.out, console)
+    console.print(comparison.table())
+    console.print(comparison.budget())
+    if args.json:
+        return comparison.to_json(), True
+    return {"table": str(args.out / "compare.md"), "errors": comparison.errors}, False
