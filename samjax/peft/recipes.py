@@ -118,9 +118,15 @@ class Recipe:
     learning_rate: float = 1e-3
 
     @property
-    def settings(self) -> tuple[str, ...]:
-        """The names of its settings."""
-        return tuple(inspect.signature(self.rules).parameters)
+    def settings(self) -> dict[str, Any]:
+        """Its settings with their defaults."""
+        parameters = inspect.signature(self.rules).parameters
+        return {name: parameter.default for name, parameter in parameters.items()}
+
+    @property
+    def summary(self) -> str:
+        """What it is, in a sentence."""
+        return (inspect.getdoc(self.rules) or "").partition("\n")[0]
 
 
 def decoder() -> tuple[Rule, ...]:

@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 
 from samjax.arguments import Outcome, parse
-from samjax.peft.recipes import MethodConfig
+from samjax.peft.recipes import RECIPES, MethodConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Params:
     method: Annotated[MethodConfig, tyro.conf.arg(name="")]
     model: str = "vit_b"
     """vit_b, vit_l, vit_h, medsam, vit_t (MobileSAM) or lite_medsam."""
+    list: bool = False
+    """Every method with its own defaults, and what it trains beside the mask decoder."""
     json: bool = False
     """Print one JSON object, on one line, last on stdout."""
 
@@ -32,10 +34,25 @@ class Params:
 
         if self.model not in MODELS:
             raise ValueError(f"unknown model {self.model!r}; known are {', '.join(MODELS)}")
-        counts = report(self.method.spec(), Sam(MODELS[self.model]))
+        model = Sam(MODELS[self.model])
+        if self.list:
+            result = {}
+            for name, recipe in RECIPES.items():
+                counts = report(MethodConfig(name).spec(), model)
+                result[name] = counts.trainable - counts.decoder
+                console.print(f"{name:<11} {result[name]:>10,}  {recipe.summary}")
+                given = (f"{k} {_shown(v)}" for k, v in recipe.settings.items() if v is not None)
+                if settings := ", ".join(given):
+                    console.print(f"{'':<23} {settings}", style="dim")
+            return result
+        counts = report(self.method.spec(), model)
         console.print(str(counts))
         names = ("total", "adapter", "decoder", "trainable")
         return {name: getattr(counts, name) for name in names}
+
+
+def _shown(value: Any) -> str:
+    return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
 def run(argv: list[str], console: Console) -> Outcome:
