@@ -152,7 +152,7 @@ def test_merge_equals_the_activation_path_or_says_why_not(case):
         base = forward(case.model, {"params": params})
         assert np.abs(adapted - base).max() > 1e-3 * base.std()
     if case.name in NOT_MERGEABLE:
-        with pytest.raises(peft.NotMergeable, match="^image_encoder/.*: "):
+        with pytest.raises(peft.NotMergeable, match=r"^image_encoder/.*: "):
             peft.merge(case.model, params, tree)
         return
     merged = peft.merge(case.model, params, tree)
