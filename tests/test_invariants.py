@@ -47,7 +47,7 @@ METHODS = {
     "fact_tt": MethodConfig(method="fact_tt", rank=4, targets=("q", "k", "v", "proj", "mlp")),
     "fact_tk": MethodConfig(method="fact_tk", rank=4),
     "adapter": MethodConfig(method="adapter", bottleneck=4),
-    "adaptformer": MethodConfig(method="adaptformer", bottleneck=4),
+    "adaptformer": MethodConfig(method="adaptformer", bottleneck=4, dropout=0.0),
     "ssf": MethodConfig(method="ssf"),
     "conv_lora": MethodConfig(method="conv_lora", experts=4),
     "sam_parser": MethodConfig(method="sam_parser"),

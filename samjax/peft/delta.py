@@ -115,7 +115,7 @@ class Additive(Delta):
 
     def merge(self, info: SiteInfo, kernel: Any, bias: Any, ctx: Context) -> tuple[Any, Any]:
         """The kernel and its update."""
-        kernel = jnp.asarray(kernel, jnp.float32)
+        kernel = None if kernel is None else jnp.asarray(kernel, jnp.float32)
         return kernel + self.kernel_update(info, kernel, ctx), bias
 
     def scaled(self, factor: Any) -> Any:

@@ -87,7 +87,7 @@ def save(
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
     trained, _ = partition(variables["params"], trainable(spec, model, variables)["params"])
-    tensors = {f"params/{k}": v for k, v in _flatten(trained).items() if v is not None}
+    tensors = {f"params/{k}": v for k, v in _flatten(trained).items()}
     kinds = _flatten(groups(spec, model, variables)["peft"])
     tensors |= {
         f"peft/{k}": v for k, v in _flatten(variables["peft"]).items() if kinds[k] != DERIVED
@@ -119,6 +119,11 @@ def read(path: str | Path) -> Adapter:
     damaged, or was written by a newer samjax.
     """
     path = Path(path)
+    if (path / "adapter_config.json").is_file():
+        raise FileNotFoundError(
+            f"{path} is a folder of HuggingFace's peft; make an adapter file of it with `samjax "
+            "convert-adapter`"
+        )
     if path.is_dir():
         raise FileNotFoundError(
             f"{path} is a folder; give the adapter file, such as adapter.safetensors in it"
@@ -134,7 +139,8 @@ def read(path: str | Path) -> Adapter:
     if not isinstance(record, dict) or "schema" not in record:
         raise ValueError(
             f"{path} is no samjax adapter (it lacks the 'samjax' header); adapters are written by "
-            "`samjax train`, and weights are passed with --weights"
+            "`samjax train`, those of peft and SAMed become one by `samjax convert-adapter`, and "
+            "weights are passed with --weights"
         )
     if record["schema"] != SCHEMA:
         raise ValueError(
@@ -276,5 +282,5 @@ def load(path: str | Path, model: Sam, params: Any) -> tuple[Any, Any]:
 
 def _flatten(tree: Any) -> dict[str, Any]:
     """Leaves by path, in the order of `jax.tree.leaves`; fields of records are path components."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
