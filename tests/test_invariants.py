@@ -134,7 +134,8 @@ def start(case: Case, model: Sam, steps: int):
     mask = peft.trainable(case.spec, case.model, case.variables)
     train, frozen = peft.partition(case.variables, mask)
     labels = trained_labels(peft.groups(case.spec, case.model, case.variables))
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3), steps, labels)
+    peak = METHODS[case.name].learning_rate
+    optimizer = make_optimizer(OptimizerConfig(), steps, labels, peak)
     # Copied, since the step donates its state.
     return init_state(jax.tree.map(jnp.array, train), optimizer), frozen, optimizer
 
