@@ -106,7 +106,8 @@ class MethodConfig:
     @property
     def learning_rate(self) -> float:
         """The peak learning rate that suits the method."""
-        return RECIPES[self.method].learning_rate
+        rate = RECIPES[self.method].learning_rate
+        return rate(**self._given()) if callable(rate) else rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +115,8 @@ class Recipe:
     """A method by name."""
 
     rules: Callable[..., tuple[Rule, ...]]
-    # Peak learning rate of what the rules train.
-    learning_rate: float = 1e-3
+    # Peak learning rate of what the rules train, or a function that tells it from the settings.
+    learning_rate: float | Callable[..., float] = 1e-3
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -252,8 +253,8 @@ def ssf() -> tuple[Rule, ...]:
 def sam_parser(
     *,
     recipe: str = "paper",
-    train: str | None = None,
-    targets: tuple[str, ...] | None = None,
+    train: str = "coefficients",
+    targets: tuple[str, ...] = ("neck",),
 ) -> tuple[Rule, ...]:
     """The coefficients of the neck's two convolutions, or of other `targets` (Peng et al. 2024).
 
@@ -263,18 +264,22 @@ def sam_parser(
     if recipe not in ("paper", "code"):
         raise ValueError(f"recipe must be one of paper, code, not {recipe!r}")
     if recipe == "code":
-        if train is not None or targets is not None:
+        if train != "coefficients" or targets != ("neck",):
             raise ValueError("recipe 'code' trains the whole neck; leave out train and targets")
         norms = Rule("image_encoder/neck_{1,3}/*", Train())
         return (Rule("image_encoder/neck_{0,2}", SAMParser("both")), norms)
-    targets = ("neck",) if targets is None else targets
     _check_targets(targets, ("neck", "transformer"))
-    config = SAMParser() if train is None else SAMParser(train)
+    config = SAMParser(train)
     patterns = {
         "neck": ("image_encoder/neck_{0,2}",),
         "transformer": ("image_encoder/**/attn/{qkv,proj}", "image_encoder/**/mlp/*"),
     }
     return tuple(Rule(p, config) for name in patterns if name in targets for p in patterns[name])
+
+
+def _sam_parser_rate(*, recipe: str = "paper", train: str = "coefficients", **_: Any) -> float:
+    """Coefficients are of order one, entries of bases far smaller: each as its size allows."""
+    return 1e-3 if recipe == "paper" and train == "coefficients" else 1e-4
 
 
 def conv_lora(
@@ -343,6 +348,6 @@ RECIPES: dict[str, Recipe] = {
     "adapter": Recipe(adapter),
     "adaptformer": Recipe(adaptformer),
     "ssf": Recipe(ssf),
-    "sam_parser": Recipe(sam_parser),
+    "sam_parser": Recipe(sam_parser, _sam_parser_rate),
     "conv_lora": Recipe(conv_lora, 3e-4),
 }

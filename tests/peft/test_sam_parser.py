@@ -266,6 +266,12 @@ def test_the_code_trains_the_whole_neck(small_model, small_params):
     assert not any(jax.tree.leaves([encoder["neck_0"], encoder["blocks_0"]]))
 
 
+def test_bases_learn_more_slowly_than_coefficients():
+    settings = {}, {"train": "bases"}, {"recipe": "code"}, {"targets": ("transformer",)}
+    rates = [MethodConfig(method="sam_parser", **s).learning_rate for s in settings]
+    assert rates == [1e-3, 1e-4, 1e-4, 1e-3]
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
