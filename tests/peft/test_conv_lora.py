@@ -313,7 +313,7 @@ def test_one_trace_for_maps_of_one_size():
 
 @pytest.mark.parametrize("shape", [(25, 14, 14), (1, 64, 64)])
 def test_cost(shape):
-    """The experts take less than 2 % of the products of the site itself, ViT-B's qkv."""
+    """The experts take less than 1 % of the products of the site itself, ViT-B's qkv."""
     info = SiteInfo(PATH, "dense", (768, 2304))
     kernel = jax.ShapeDtypeStruct(info.kernel_shape, jnp.float32)
     delta = jax.eval_shape(
@@ -330,7 +330,7 @@ def test_cost(shape):
         6 * math.prod(shape) * n for n in (768 * 3, 3 * 2304)
     )  # both factors, forward and both gradients
     whole = count_flops(jax.grad(loss, (0, 1)), delta, x, kernel)
-    assert whole - plain - lora < 0.02 * plain
+    assert whole - plain - lora < 0.01 * plain
 
 
 def counts(method: str, **settings) -> Report:
