@@ -6,6 +6,8 @@ Data: Kvasir-SEG (Jha et al. 2020; research and education only), as `--data tfds
     samjax train experiments/kvasir_lora.py --weights mobile_sam --data Kvasir-SEG
     samjax eval experiments/kvasir_lora.py --weights mobile_sam --data Kvasir-SEG \
         --eval-prompt box --image-size 1024
+    samjax compare experiments/kvasir_lora.py --weights mobile_sam --data Kvasir-SEG \
+        --methods decoder lora "lora:rank=8,targets=q+k+v" full --seeds 0 1 2
 
 What was measured is in docs/results.md. Another SAM: `--model auto --weights sam_vit_b
 --image-size 1024`.

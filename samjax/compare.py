@@ -21,16 +21,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from samjax import peft as peft_lib
 from samjax.arguments import parse
 from samjax.config import Config
-from samjax.files import check_writable, read_record, write_beside, writing
+from samjax.files import check_writable, read_record, write_beside, write_json, writing
 from samjax.lock import check_free, run_lock
 from samjax.peft.recipes import RECIPES, MethodConfig
-from samjax.run import BEFORE, check_out, open_model, open_sources, train, write_json
+from samjax.run import BEFORE, check_out, open_model, open_sources, train
 from samjax.terminal import Interrupted
 from samjax.training.memory import gigabytes
 
@@ -66,6 +67,7 @@ class Row:
     run: str
     state: Literal["finished", "failed", "waiting"]
     error: str | None = None
+    learning_rate: float | None = None
     trainable: int | None = None  # numbers
     dice_before: float | None = None
     iou_before: float | None = None
@@ -87,7 +89,8 @@ class Spread:
 
     def __str__(self) -> str:
         """Four decimals, as metrics have them."""
-        return f"{self.mean:.4f}" + (f" ± {self.deviation:.4f}" if self.deviation else "")
+        deviation = "" if self.deviation is None else f" ± {self.deviation:.4f}"
+        return f"{self.mean:.4f}{deviation}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,11 +157,11 @@ class Comparison:
     def budget(self) -> str:
         """What the runs have in common, in one line."""
         config = self.config
-        steps = _said(str(s["steps"]) for s in self.summaries)
+        steps = _said(str(s["steps"]) for s in self.summaries) or config.steps
         size = _said("x".join(map(str, s["input_size"])) for s in self.summaries)
         seeds = _said(str(row.seed) for row in self.rows)
         parts = [
-            f"{steps or config.steps or f'{config.epochs:g} epochs of'} steps",
+            f"{steps} steps" if steps else f"{config.epochs:g} epochs",
             f"batch {config.batch_size}",
             f"{size or 'unknown'} px",
             f"weights {config.weights}",
@@ -179,29 +182,36 @@ class Comparison:
             "errors": self.errors,
         }
 
-    def table(self) -> Table:
-        """The methods, for a terminal."""
-        table = Table()
+    def print(self, console: Console) -> None:
+        """Prints the methods, the budget and what failed."""
+        table = Table(box=box.SIMPLE)
         for i, name in enumerate(_COLUMNS):
             table.add_column(name, justify="right" if i else "left", overflow="fold")
         for line in self.lines():
             table.add_row(*_cells(line))
-        return table
+        # As wide as it needs to be: what is no terminal counts as a narrow one.
+        table.width = console.measure(table, options=console.options.update(width=200)).maximum
+        console.print(table, crop=False)
+        for text in (self.budget(), *self._failures()):
+            console.print(text)
 
-    def markdown(self) -> str:
-        """The methods, the budget, what failed, and the runs."""
-        parts = [_markdown(_COLUMNS, [_cells(line) for line in self.lines()]), self.budget()]
-        parts += [
+    def _failures(self) -> list[str]:
+        return [
             f"Failed: {row.method}, seed {row.seed}: {row.error}"
             for row in self.rows
             if row.state == "failed"
         ]
+
+    def markdown(self) -> str:
+        """The methods, the budget, what failed, and the runs."""
+        methods = _markdown(_COLUMNS, [_cells(line) for line in self.lines()])
         runs = [
             [row.method, str(row.seed), row.state, *(_number(v) for v in _metrics(row))]
             for row in self.rows
         ]
         names = ["method", "seed", "run", "Dice before", "IoU before", "Dice", "IoU", "steps/s"]
-        return "\n\n".join([*parts, _markdown(names, runs)]) + "\n"
+        parts = [methods, self.budget(), *self._failures(), _markdown(names, runs)]
+        return "\n\n".join(parts) + "\n"
 
 
 _COLUMNS = (
@@ -310,20 +320,22 @@ def compare(runs: Sequence[Run], out: Path, console: Console) -> Comparison:
     with run_lock(out):
         failures: dict[Path, str] = {}
         comparison = _gather(runs, failures)
+        _write(comparison, out, plots)
         for i, run in enumerate(runs):
-            if not run.finished:
-                console.print(f"run {i + 1} of {len(runs)}: {run.method}, seed {run.config.seed}")
-                try:
-                    _train(run, runs, console)
-                except (Interrupted, KeyboardInterrupt):
-                    raise Interrupted(
-                        f"stopped in {run.out}, whose state is saved; the same command goes on"
-                    ) from None
-                except (ValueError, OSError, RuntimeError, MemoryError) as error:
-                    # Its text alone: the traceback would keep the run's arrays.
-                    failures[run.out] = " ".join(str(error).split()) or type(error).__name__
-                    console.print(f"failed: {failures[run.out]}")
-                comparison = _gather(runs, failures)
+            if run.finished:
+                continue
+            console.print(f"run {i + 1} of {len(runs)}: {run.method}, seed {run.config.seed}")
+            try:
+                _train(run, runs, console)
+            except (Interrupted, KeyboardInterrupt):
+                raise Interrupted(
+                    f"stopped in {run.out}, whose state is saved; the same command goes on"
+                ) from None
+            except (ValueError, OSError, RuntimeError, MemoryError) as error:
+                # Its text alone: the traceback would keep the run's arrays.
+                failures[run.out] = " ".join(str(error).split()) or type(error).__name__
+                console.print(f"failed: {failures[run.out]}")
+            comparison = _gather(runs, failures)
             _write(comparison, out, plots)
         return comparison
 
@@ -351,7 +363,8 @@ def _train(run: Run, runs: Sequence[Run], console: Console) -> None:
 def _gather(runs: Sequence[Run], failures: dict[Path, str]) -> Comparison:
     rows, summaries = [], []
     for run in runs:
-        row = Row(run.method, run.config.seed, str(run.out), "waiting")
+        rate = run.config.optimizer.learning_rate or run.config.method.learning_rate
+        row = Row(run.method, run.config.seed, str(run.out), "waiting", learning_rate=rate)
         if run.out in failures:
             row = dataclasses.replace(row, state="failed", error=failures[run.out])
         elif run.finished:
@@ -387,7 +400,7 @@ def _write(comparison: Comparison, out: Path, plots: bool) -> None:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
         writer.writeheader()
         writer.writerows(dataclasses.asdict(row) for row in comparison.rows)
-    if plots:
+    if plots and comparison.summaries:
         with write_beside(out / "compare.png") as temporary:
             _plot(comparison, temporary)
 
@@ -395,33 +408,30 @@ def _write(comparison: Comparison, out: Path, plots: bool) -> None:
 def _plot(comparison: Comparison, path: Path) -> None:
     """Dice over the numbers that train, a point a method; matplotlib's figures draw with Agg."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     axes.set(xscale="log", xlabel="trainable numbers", ylabel="Dice (test)")
     axes.grid(alpha=0.3)
-    lines = [line for line in comparison.lines() if line.dice is not None]
-    lines.sort(key=lambda line: line.trainable or 0)
-    for i, line in enumerate(lines):
+    counts = []
+    for i, line in enumerate(comparison.lines()):
         if line.dice is None:
             continue
         if not line.trainable:
             axes.axhline(line.dice.mean, color="grey", linestyle="--", label=line.method)
-            axes.legend(frameon=False)
             continue
+        counts.append(line.trainable)
+        style: dict[str, Any] = {"fmt": "osD^v"[i // 10 % 5], "color": f"C{i % 10}", "capsize": 4}
         axes.errorbar(
-            line.trainable, line.dice.mean, line.dice.deviation, fmt="o", capsize=4, color="C0"
+            line.trainable, line.dice.mean, line.dice.deviation, label=line.method, **style
         )
-        # Neighbours, which may be near each other, have theirs above and below.
-        offset, side = (6, "bottom") if i % 2 else (-6, "top")
-        axes.annotate(
-            line.method,
-            (line.trainable, line.dice.mean),
-            xytext=(6, offset),
-            textcoords="offset points",
-            verticalalignment=side,
-        )
-    axes.margins(x=0.2, y=0.15)
+    if counts and max(counts) < 10 * min(counts):  # too few powers of ten to tell them apart
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    # Not beside the points: methods with the same decoder are near each other.
+    figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, format="png", dpi=150)
 
 

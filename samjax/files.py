@@ -75,6 +75,12 @@ def read_record(file: Path, mend: str) -> dict[str, Any]:
     return record
 
 
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Writes a JSON object, which `read_record` reads."""
+    with write_beside(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2) + "\n")
+
+
 def check_parent(path: Path) -> None:
     """Raises, before any work, where nothing could be written at `path`.
 

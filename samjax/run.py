@@ -2,6 +2,7 @@
 
 config.json          the run's config
 metrics.jsonl        one line every few steps
+step_memory.json     what a step needs of memory, as its compiler counts it
 checkpoints/         trained leaves and optimiser state, for --resume
 eval_before.csv, eval_after.csv   Dice and IoU of each test image
 adapter.safetensors  every trained leaf
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,14 @@ from samjax.data.pipeline import eval_batches
 from samjax.data.sources import Dataset, Source, is_tfds, open_source
 from samjax.evaluation.evaluate import Evaluation, evaluate
 from samjax.evaluation.gallery import draw_gallery
-from samjax.files import check_writable, read_record, write_beside, writing
+from samjax.files import check_writable, read_record, write_json, writing
 from samjax.hashes import params_sha256
 from samjax.loading import load, load_adapted
 from samjax.lock import check_free, run_lock
 from samjax.models import MODELS, Sam
 from samjax.run_inputs import check_inputs, inputs_of, tell_other_images
 from samjax.terminal import progress_bar, progress_on
-from samjax.training.loop import fit
+from samjax.training.loop import STEP_MEMORY, fit
 from samjax.viz import save_png
 
 ADAPTER = "adapter.safetensors"
@@ -290,9 +290,9 @@ def _train(
         "kept_step": fitted.kept_step,
         "seconds_per_step": fitted.seconds_per_step,
     }
-    if fitted.step_memory is not None:
-        summary["step_bytes"] = fitted.step_memory.bytes
-        summary["step_bytes_from"] = fitted.step_memory.origin
+    if (out / STEP_MEMORY).is_file():  # runs of older versions have none
+        memory = read_record(out / STEP_MEMORY, "delete it")
+        summary |= {"step_bytes": memory["bytes"], "step_bytes_from": memory["origin"]}
     if fitted.best is not None:
         summary["best_validation"] = {"step": fitted.best.step, **fitted.best.metrics}
     return summary
@@ -345,9 +345,3 @@ def _check_folder(config: Config, out: Path, resume: bool) -> None:
             f"cannot resume {out} with another config: {differ[0]} was {old[differ[0]]!r} and is "
             f"now {new[differ[0]]!r}"
         )
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """A JSON object in a file, whole or absent."""
-    with write_beside(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=2) + "\n")

@@ -16,6 +16,7 @@ from samjax import peft as peft_lib
 from samjax.config import Config
 from samjax.data.pipeline import batches_from, train_batches
 from samjax.data.sources import Dataset
+from samjax.files import write_json
 from samjax.models import Sam
 from samjax.terminal import Interrupted, progress_bar
 from samjax.training import memory
@@ -32,6 +33,7 @@ from samjax.training.step import (
 )
 from samjax.training.stop import StopRequest
 
+STEP_MEMORY = "step_memory.json"
 Validate = Callable[[Any], dict[str, float]]
 
 
@@ -44,7 +46,6 @@ class Fitted:
     kept_step: int
     best: Best | None  # the best validation, where there are any
     seconds_per_step: float | None  # the median; None where no interval was timed
-    step_memory: memory.StepMemory | None  # None where no step was left to do
 
 
 def fit(
@@ -88,14 +89,14 @@ def fit(
         if start:
             console.print(f"resuming after step {start}")
         log = MetricsLog(out / "metrics.jsonl", start)
-        step_memory = None
         task = bar.add_task("training", total=steps, completed=start, note="compiling")
         ended = start == steps or _out_of_patience(config, checkpoints.best(), start)
         feed = Feed(batches_from(dataset, start, start if ended else steps))
         while not ended:
             inputs, images = _take(feed, source, checkpoints, state)
             if step == start:
-                train_step, step_memory = _compile(console, train_step, state, frozen, inputs)
+                train_step, needs = _compile(console, train_step, state, frozen, inputs)
+                write_json(out / STEP_MEMORY, dataclasses.asdict(needs))
             with memory.exhaustion():
                 state, logs = train_step(state, frozen, inputs)
                 feed.advance()  # while the step computes
@@ -142,7 +143,7 @@ def fit(
         if kept_step != step:
             state = checkpoints.restore(state, kept_step)
     variables = peft_lib.combine(state.train, frozen)
-    return Fitted(variables, step, kept_step, best, log.seconds_per_step(), step_memory)
+    return Fitted(variables, step, kept_step, best, log.seconds_per_step())
 
 
 def prepare(

@@ -50,8 +50,7 @@ def run(argv: list[str], console: Console) -> Outcome:
     # Before `prepare`, which may download, only what needs no data and no weights is checked.
     experiment.prepare(args.config, console)
     comparison = compare(runs, args.out, console)
-    console.print(comparison.table())
-    console.print(comparison.budget())
+    comparison.print(console)
     if args.json:
         return comparison.to_json(), True
     return {"table": str(args.out / "compare.md"), "errors": comparison.errors}, False

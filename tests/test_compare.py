@@ -1,0 +1,183 @@
+"""What a comparison plans, refuses, and makes of its runs; no training here."""
+
+import csv
+import io
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from samjax import compare as module
+from samjax.compare import compare, plan
+from samjax.config import Config
+from samjax.peft.recipes import MethodConfig
+from samjax.terminal import Interrupted
+from samjax.training.step import OptimizerConfig
+
+CONFIG = Config(weights="mobile_sam", data="tfds:kvasir_seg", steps=7)
+METHODS = ("decoder", "lora:rank=8,targets=q+k+v", "full:learning_rate=1e-5")
+DICE = np.array([[0.50, 0.54, 0.58], [0.71, 0.70, 0.75], [0.61, 0.66, 0.62]])  # method, seed
+
+
+@pytest.fixture
+def console():
+    return Console(file=io.StringIO(), width=500, markup=False, highlight=False)
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """Training that leaves `DICE`; `.done` are the folders, `.raises` what happens in some."""
+    monkeypatch.setattr(module, "_check", lambda runs, console: None)
+
+    def train(config, out, *, resume, console, before_in):
+        train.done.append((out.relative_to(tmp_path).as_posix(), resume, before_in))
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(config.to_json()))
+        (out / "eval_before.csv").write_text("name,dice\n")
+        if out in train.raises:
+            raise train.raises.pop(out)
+        i = [method.partition(":")[0] for method in METHODS].index(config.method.method)
+        dice = DICE[i, config.seed]
+        summary = {
+            "before": {"dice": 0.3, "iou": 0.2},
+            "after": {"dice": dice, "iou": dice / 2},
+            "steps": 7,
+            "seconds_per_step": 0.25 * 2**config.seed,
+            "step_bytes": 2_000_000_000,
+            "step_bytes_from": "compiler",
+            "file_bytes": 1_500_000,
+            "trainable": 10 ** (i + 4),
+            "input_size": [352, 352],
+            "device": "toy",
+            "date": "2026-01-02",
+        }
+        (out / "summary.json").write_text(json.dumps(summary))
+
+    train.done, train.raises = [], {}
+    monkeypatch.setattr(module, "train", train)
+    return train
+
+
+def test_a_table_of_means_and_deviations(trained, tmp_path, console):
+    runs = plan(CONFIG, METHODS, (0, 1, 2), tmp_path)
+    result = compare(runs, tmp_path, console)
+    assert len(trained.done) == 9 and result.errors == 0
+    assert trained.done[0] == ("decoder/seed_0", False, None)
+    assert trained.done[1] == (
+        "lora_rank=8,targets=q+k+v/seed_0",
+        False,
+        tmp_path / "decoder/seed_0",
+    )
+    record = json.loads((tmp_path / "compare.json").read_text())
+    assert record == json.loads(json.dumps(result.to_json()))
+    baseline, *lines = record["methods"]
+    assert baseline["dice"] == {"mean": pytest.approx(0.3), "deviation": pytest.approx(0)}
+    assert [line["method"] for line in lines] == list(METHODS)
+    for line, dice in zip(lines, DICE, strict=True):
+        assert line["dice"] == pytest.approx({"mean": dice.mean(), "deviation": dice.std(ddof=1)})
+        assert line["iou"]["deviation"] == pytest.approx((dice / 2).std(ddof=1))
+        assert line["steps_per_second"] == pytest.approx(np.mean([4, 2, 1]))
+    with open(tmp_path / "compare.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["dice"]) for row in rows] == pytest.approx(DICE.T.ravel())
+    assert {row["learning_rate"] for row in rows if row["method"] == METHODS[2]} == {"1e-05"}
+    result.print(console)
+    text = console.file.getvalue()
+    table = (tmp_path / "compare.md").read_text()
+    for said in (
+        "0.7200 ± 0.0265",
+        "2.33",
+        "2.0 GB",
+        "1.50 MB",
+        "100,000",
+        "Budget: 7 steps, batc",
+    ):
+        assert said in text and said in table
+    for said in ("352x352 px", "mobile_sam", "tfds:kvasir_seg", "toy", "2026-01-02", "0, 1, 2"):
+        assert said in result.budget()
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_seed_has_no_deviation(trained, tmp_path, console):
+    result = compare(plan(CONFIG, METHODS, (1,), tmp_path), tmp_path, console)
+    line = result.lines()[1]
+    assert line.dice.deviation is None and str(line.dice) == "0.5400"
+
+
+def test_failures_and_interruptions(trained, tmp_path, console, monkeypatch):
+    """Others run on; the same command does what is left, and resumes what was stopped."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    lora, full = (tmp_path / name.replace(":", "_") / "seed_0" for name in METHODS[1:])
+    trained.raises = {lora: ValueError("the loss is not\nfinite"), full: Interrupted("stopped")}
+    with pytest.raises(Interrupted, match=r"full_learning_rate=1e-5/seed_0, .*same command goes"):
+        compare(plan(CONFIG, METHODS, (0,), tmp_path), tmp_path, console)
+    record = json.loads((tmp_path / "compare.json").read_text())
+    assert [row["state"] for row in record["runs"]] == ["finished", "failed", "waiting"]
+    assert record["errors"] == 1 and record["runs"][1]["error"] == "the loss is not finite"
+    table = (tmp_path / "compare.md").read_text()
+    assert "Failed: lora:rank=8,targets=q+k+v, seed 0: the loss is not finite" in table
+    assert "pip install 'samjax[plot]'" in console.file.getvalue()
+    assert not (tmp_path / "compare.png").exists()
+    trained.done.clear()
+    result = compare(plan(CONFIG, METHODS, (0,), tmp_path), tmp_path, console)
+    assert [done[:2] for done in trained.done] == [
+        (lora.relative_to(tmp_path).as_posix(), True),
+        (full.relative_to(tmp_path).as_posix(), True),
+    ]
+    assert result.errors == 0
+    trained.done.clear()
+    again = compare(plan(CONFIG, METHODS, (0,), tmp_path), tmp_path, console)
+    assert again == result and not trained.done
+    with pytest.raises(ValueError, match="steps was 7 and is now 8"):
+        plan(Config(weights="mobile_sam", data="tfds:kvasir_seg", steps=8), METHODS, (0,), tmp_path)
+
+
+def test_settings_of_the_experiment_hold_where_a_method_has_them(tmp_path):
+    config = Config(
+        method=MethodConfig("lora", rank=16, decoder="mask"),
+        optimizer=OptimizerConfig(learning_rate=2e-3),
+    )
+    texts = (
+        "decoder",
+        "lora",
+        "rslora:rank=2,dropout=0.5,decoder=none",
+        "last_k:learning_rate=None",
+    )
+    runs = plan(config, texts, (5,), tmp_path)
+    assert [run.config.method for run in runs] == [
+        MethodConfig("decoder", decoder="mask"),
+        MethodConfig("lora", rank=16, decoder="mask"),
+        MethodConfig("rslora", rank=2, dropout=0.5, decoder="none"),
+        MethodConfig("last_k", decoder="mask"),
+    ]
+    assert [run.config.optimizer.learning_rate for run in runs] == [2e-3, 2e-3, 2e-3, None]
+    assert all(run.config.seed == 5 for run in runs)
+
+
+@pytest.mark.parametrize(
+    ("methods", "seeds", "message"),
+    [
+        ((), (0,), "no methods: pass --methods with some of decoder"),
+        (("lorra",), (0,), "unknown method 'lorra'; the nearest is"),
+        (("lora:rnk=8",), (0,), "method 'lora' has no setting 'rnk'; the nearest is rank"),
+        (("decoder:rank=8",), (0,), "method 'decoder' has no setting 'rank'"),
+        (("lora:rank",), (0,), "lora:rank: rank has no value; write rank=VALUE"),
+        (("lora:rank=x",), (0,), "lora:rank=x: Error parsing --rank"),
+        (("lora:rank=0",), (0,), "lora:rank=0: "),
+        (("lora:targets=q+x",), (0,), "lora:targets=q+x: "),
+        (("lora:learning_rate=-1",), (0,), "learning_rate must be positive and finite, not -1.0"),
+        (("lora", "lora"), (0,), "methods has lora twice"),
+        (("lora",), (1, 1), "seeds has 1 twice"),
+        (("lora:rank=2,dropout=0.1", "lora:dropout=0.1,rank=2"), (0,), "are the same method"),
+        (("lora",), (-1,), "seed must lie in"),
+    ],
+)
+def test_refused_before_any_work(methods, seeds, message, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        plan(CONFIG, methods, seeds, tmp_path / "out")
+    assert message in str(caught.value)
+    assert not os.path.exists(tmp_path / "out")
