@@ -37,7 +37,8 @@ class SSFDelta(Delta):
 
     alone: ClassVar[str] = "it rescales what its site gives, so that the order would matter"
 
-    def __call__(self, site: Site, x: Float[Array, "*b n"], ctx: Context) -> Float[Array, "*b m"]:
+    # A convolution with a stride changes the map, so that the axes have names of their own.
+    def __call__(self, site: Site, x: Float[Array, "*b n"], ctx: Context) -> Float[Array, "*ob m"]:
         """The site's output, scaled and shifted."""
         y = site(x)
         scale, shift = self._offsets(site.info)

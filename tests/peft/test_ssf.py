@@ -43,6 +43,7 @@ def numpy_batch_norm(p, x):
         (Dense(12, segments=HEADS), numpy_dense),
         (Conv(12, 3), numpy_conv),
         (Conv(12, 3, use_bias=False), numpy_conv),
+        (Conv(12, 3, stride=2), lambda p, x: numpy_conv(p, x)[:, ::2, ::2]),
         (LayerNorm(), numpy_layer_norm),
         (BatchNorm(), numpy_batch_norm),
     ],
