@@ -102,7 +102,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ),
 )
 # A second name of the same tensor, which some versions write beside the first one or in its stead.
-_TIED = ("prompt_encoder.shared_embedding.positional_embedding", _POSITIONS)
+TIED = ("prompt_encoder.shared_embedding.positional_embedding", _POSITIONS)
 
 
 def _compiled(rows: Iterable[tuple[str, str]]) -> tuple[tuple[re.Pattern[str], str], ...]:
@@ -119,7 +119,7 @@ def _compiled(rows: Iterable[tuple[str, str]]) -> tuple[tuple[re.Pattern[str], s
     return tuple((pattern(source), template(target)) for source, target in rows)
 
 
-_TO_META = _compiled((*TABLE, _TIED))
+_TO_META = _compiled((*TABLE, TIED))
 _FROM_META = _compiled((meta, theirs) for theirs, meta in TABLE)
 
 
