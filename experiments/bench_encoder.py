@@ -22,7 +22,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,8 +34,9 @@ from rich.console import Console
 from safetensors.numpy import save_file
 
 from samjax.arguments import parse
+from samjax.bench import cpu_name, machine_load, markdown, take_turns
 from samjax.models import Sam, SamConfig, VitConfig
-from samjax.terminal import error_console, progress_bar
+from samjax.terminal import error_console
 from weights_convert import from_params
 
 Peer = Literal["segment-anything", "transformers", "scenic"]
@@ -46,16 +47,9 @@ BOUND = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class Bench:
-    """Times SAM ViT-B's image encoder here and in other libraries; float32, batch 1, on CPU.
+class Size:
+    """What all comparisons of ViT-B have in common."""
 
-    Example: python experiments/bench_encoder.py --scenic scenic --rounds 7
-    """
-
-    peers: tuple[Peer, ...] | None = None
-    """Which to compare with; left out, all that are there. `--peers` alone: none."""
-    scenic: Path | None = None
-    """A checkout of google-research/scenic, which is no package."""
     rounds: int = 5
     """How often each is timed, after one round to warm up; medians are reported."""
     image_size: int = 1024
@@ -80,17 +74,35 @@ class Bench:
         return SamConfig(image_encoder=vit).with_image_size(self.image_size)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Measures and prints; returns the exit code."""
-    console = error_console()
+@dataclasses.dataclass(frozen=True)
+class Bench(Size):
+    """Times SAM ViT-B's image encoder here and in other libraries; float32, batch 1, on CPU.
+
+    Example: python experiments/bench_encoder.py --scenic scenic --rounds 7
+    """
+
+    peers: tuple[Peer, ...] | None = None
+    """Which to compare with; left out, all that are there. `--peers` alone: none."""
+    scenic: Path | None = None
+    """A checkout of google-research/scenic, which is no package."""
+
+
+def run(
+    cls: type[Size],
+    prog: str,
+    bench: Callable[[Any, Console], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+) -> int:
+    """Reads the arguments, measures on CPU and prints; returns the exit code."""
+    jax.config.update("jax_platforms", "cpu")  # in this process; `started` does for the others
     try:
-        args = parse(Bench, list(argv), "bench_encoder.py", None, None)
-        result = bench(args, console)
+        args = parse(cls, sys.argv[1:], prog, None, None)
+        result = bench(args, error_console())
     except (ValueError, OSError, RuntimeError) as error:
-        sys.stderr.write(f"bench_encoder.py: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"{prog}: {' '.join(str(error).split())}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("bench_encoder.py: interrupted\n")
+        sys.stderr.write(f"{prog}: interrupted\n")
         return 130
     sys.stdout.write(json.dumps(result) + "\n" if args.json else table(result))
     return 0
@@ -101,11 +113,7 @@ def bench(args: Bench, console: Console) -> dict[str, Any]:
     config = args.config()
     cores = restrict_cores(args.cores)
     names = ["samjax", *present(args, console)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    jax.config.update("jax_platforms", "cpu")  # in this process
-    load = os.getloadavg()[0]
-    if load > 0.25:
-        console.print(f"warning: other work runs on this machine (load {load:.1f}); times grow")
+    load = machine_load(console)
     with tempfile.TemporaryDirectory(prefix="samjax-bench-") as folder:
         setup = Setup(
             config=config.to_json(),
@@ -119,10 +127,10 @@ def bench(args: Bench, console: Console) -> dict[str, Any]:
         setups = {
             name: dataclasses.replace(setup, embedding=f"{folder}/{name}.npy") for name in names
         }
-        with started(setups, environment, console) as workers:
+        with started(setups, "bench_models", console) as workers:
             memory = [first(worker, console) for worker in workers]
             differences = compare({name: np.load(setups[name].embedding) for name in names})
-            seconds = take_turns(workers, args.rounds, console)
+            seconds = rounds_of(workers, TASKS, args.rounds, console)
     facts = {worker.name: {**worker.facts, **m} for worker, m in zip(workers, memory, strict=True)}
     machine = {
         "cpu": cpu_name(),
@@ -198,15 +206,14 @@ def random_weights(config: SamConfig) -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def started(
-    setups: dict[str, Setup], environment: dict[str, str], console: Console
-) -> Iterator[list[Worker]]:
-    """The workers, each ready; they end with the block."""
+def started(setups: dict[str, Setup], module: str, console: Console) -> Iterator[list[Worker]]:
+    """The workers, each ready, on CPU; they end with the block. `module` has their builders."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     workers: list[Worker] = []
     try:
         for name, setup in setups.items():
             with console.status(f"loading {name}"):
-                workers.append(Worker(name, setup, environment))
+                workers.append(Worker(name, setup, environment, module))
         yield workers
     finally:
         for worker in workers:
@@ -237,22 +244,17 @@ def compare(embeddings: dict[str, np.ndarray]) -> dict[str, float]:
     return found
 
 
-def take_turns(
-    workers: list[Worker], rounds: int, console: Console
+def rounds_of(
+    workers: list[Worker], tasks: Sequence[str], rounds: int, console: Console
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each round, without the first, by worker and task."""
-    seconds = {worker.name: {task: [] for task in TASKS} for worker in workers}
-    with progress_bar(console) as bar:
-        turns = bar.add_task("rounds", total=(1 + rounds) * len(workers), note="")
-        for i in range(1 + rounds):
-            for worker in workers:
-                bar.update(turns, note=worker.name)
-                for task in TASKS:
-                    taken = worker.ask(task)["seconds"]
-                    if i > 0:
-                        seconds[worker.name][task].append(taken)
-                bar.advance(turns)
-    return seconds
+    """Seconds of each round, by worker and task."""
+
+    def call(worker: Worker, task: str) -> Callable[[], float]:
+        return lambda: worker.ask(task)["seconds"]
+
+    calls = {(worker.name, task): call(worker, task) for worker in workers for task in tasks}
+    seconds = take_turns(calls, rounds, console)
+    return {worker.name: {task: seconds[worker.name, task] for task in tasks} for worker in workers}
 
 
 def summarize(
@@ -288,14 +290,6 @@ def summarize(
     return {"flops": flops, "product_flop_per_second": rate, "encoders": encoders}
 
 
-def cpu_name() -> str:
-    """What the machine calls its processor."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown"
-
-
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     head = (
@@ -306,7 +300,7 @@ def table(result: dict[str, Any]) -> str:
         f"rounds at load {result['load']:.1f}."
     )
     names = ("encoder", "with", "seconds", "samjax = 1", "of the product's rate", "memory")
-    rows = [(*names, "one box"), ("---",) * (len(names) + 1)]
+    rows = [(*names, "one box")]
     for name, row in result["encoders"].items():
         rows.append(
             (
@@ -319,8 +313,8 @@ def table(result: dict[str, Any]) -> str:
                 f"{row['decode_seconds']:.3f} s",
             )
         )
-    return "\n\n".join([head, "\n".join(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+    return f"{head}\n\n{markdown(rows)}"
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(Bench, "bench_encoder.py", bench, table))

@@ -1,6 +1,7 @@
 """The image encoders that `bench_encoder.py` compares: this library's and its peers'.
 
 Each builder takes the same weights and the same image, and gives a model that is ready to be timed.
+`Setup` and `load_transformers` serve `bench_methods.py` too.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from samjax.models import SamConfig, VitConfig
 
 # Where scenic keeps its SAM.
 SCENIC_MODELING = "scenic.projects.baselines.segment_anything.modeling"
+
+
+Tensors = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +33,17 @@ class Setup:
 
     config: dict[str, Any]  # of a SAM with a ViT, as `SamConfig.to_json` gives it
     weights: str  # a .safetensors file of the whole model with Meta's names
-    product: int  # the side of the matrix product
     cores: int
-    embedding: str  # the .npy file to write
-    scenic: str | None  # a checkout of scenic
+    # The rest is of encoders alone.
+    product: int = 0  # the side of the matrix product
+    embedding: str = ""  # the .npy file to write
+    scenic: str | None = None  # a checkout of scenic
+
+    def load(self) -> tuple[SamConfig, Tensors, np.ndarray]:
+        """The model's config, its tensors, and an image (1, h, w, 3) that is normalised already."""
+        config = SamConfig.from_json(self.config)
+        image = np.random.default_rng(0).normal(size=(1, *config.frame.shape, 3))
+        return config, load_file(self.weights), image.astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +57,7 @@ class Model:
     facts: dict[str, Any]
 
 
-Tensors = Mapping[str, np.ndarray]
-
-
-def build_samjax(setup: Setup, config: SamConfig, tensors: Tensors, image: np.ndarray) -> Model:
+def build_samjax(setup: Setup) -> Model:
     """This library, as its predictor calls it."""
     import jax
 
@@ -56,6 +65,7 @@ def build_samjax(setup: Setup, config: SamConfig, tensors: Tensors, image: np.nd
     from samjax.models import Prompts, Sam
     from weights_convert import to_params
 
+    config, tensors, image = setup.load()
     model = Sam(config)
     params = jax.device_put(to_params(tensors, config))
     corners, kinds = _box(config).reshape(1, 2, 2), np.array([[2, 3]], np.int32)
@@ -71,7 +81,7 @@ def build_samjax(setup: Setup, config: SamConfig, tensors: Tensors, image: np.nd
     return _jax_model(setup, config, encode, decode, params, image, facts)
 
 
-def build_scenic(setup: Setup, config: SamConfig, tensors: Tensors, image: np.ndarray) -> Model:
+def build_scenic(setup: Setup) -> Model:
     """google-research/scenic, which has no package; of its SAM only the modules are imported."""
     sys.path.insert(0, str(setup.scenic))
     import jax
@@ -80,6 +90,7 @@ def build_scenic(setup: Setup, config: SamConfig, tensors: Tensors, image: np.nd
         importlib.import_module(f"{SCENIC_MODELING}.{name}")
         for name in ("image_encoder", "mask_decoder", "prompt_encoder")
     )
+    config, tensors, image = setup.load()
     vit = _vit(config)
     encoder = image_encoder.ImageEncoderViT(
         img_size=config.frame.height,
@@ -153,18 +164,17 @@ def _jax_model(
         lambda: jax.block_until_ready(decode_now(params, embedding)),
         lambda: jax.block_until_ready(product(factor)),
         np.asarray,
-        {**facts, "library": _versions("jax"), "xla_temporary_bytes": temporary},
+        {**facts, "library": versions("jax"), "xla_temporary_bytes": temporary},
     )
 
 
-def build_segment_anything(
-    setup: Setup, config: SamConfig, tensors: Tensors, image: np.ndarray
-) -> Model:
+def build_segment_anything(setup: Setup) -> Model:
     """The original, of PyPI."""
     _stand_in_for_torchvision()
     import torch
     from segment_anything import modeling
 
+    config, tensors, image = setup.load()
     vit, side, width = _vit(config), config.frame.height, config.prompt_embed_dim
     model = modeling.Sam(
         image_encoder=modeling.ImageEncoderViT(
@@ -205,15 +215,12 @@ def build_segment_anything(
         positions = model.prompt_encoder.get_dense_pe()
         return model.mask_decoder(embedding, positions, sparse, dense, multimask_output=True)
 
-    facts = {"library": _versions("segment_anything", "torch")}
+    facts = {"library": versions("segment_anything", "torch")}
     return _torch_model(setup, model.image_encoder, decode, image, facts)
 
 
-def build_transformers(
-    setup: Setup, config: SamConfig, tensors: Tensors, image: np.ndarray
-) -> Model:
-    """HuggingFace's `SamModel`, with the attention that it takes by itself."""
-    import torch
+def load_transformers(config: SamConfig, tensors: Tensors) -> Any:
+    """HuggingFace's `SamModel` with these weights, in evaluation mode."""
     import transformers
 
     from weights_convert.huggingface import from_meta_names
@@ -237,13 +244,22 @@ def build_transformers(
     positions = "shared_image_embedding.positional_embedding"
     renamed["prompt_encoder.shared_embedding.positional_embedding"] = renamed[positions]
     _load_torch(model, renamed)
+    return model
+
+
+def build_transformers(setup: Setup) -> Model:
+    """HuggingFace's `SamModel`, with the attention that it takes by itself."""
+    import torch
+
+    config, tensors, image = setup.load()
+    model = load_transformers(config, tensors)
     box = torch.from_numpy(_box(config)[None, None])
 
     def decode(embedding: Any) -> Any:
         return model(image_embeddings=embedding, input_boxes=box).pred_masks
 
     facts = {
-        "library": _versions("transformers", "torch"),
+        "library": versions("transformers", "torch"),
         "attention": model.vision_encoder.config._attn_implementation,
     }
 
@@ -305,11 +321,12 @@ def _box(config: SamConfig) -> np.ndarray:
     return np.array([0.25, 0.25, 0.75, 0.75], np.float32) * config.frame.height
 
 
-def _versions(*packages: str) -> str:
+def versions(*packages: str) -> str:
+    """Packages with their versions."""
     return ", ".join(f"{p.replace('_', '-')} {importlib.metadata.version(p)}" for p in packages)
 
 
-BUILDERS: dict[str, Callable[[Setup, SamConfig, Tensors, np.ndarray], Model]] = {
+BUILDERS: dict[str, Callable[[Setup], Model]] = {
     "samjax": build_samjax,
     "segment-anything": build_segment_anything,
     "transformers": build_transformers,

@@ -1,9 +1,10 @@
 """One model in a process of its own: both ends of the line to it.
 
-`python bench_worker.py NAME SETUP`: SETUP is a JSON object with the fields of `bench_models.Setup`.
-The worker answers with one line of JSON when the model is ready, then with one for each line that
-it reads. `encode`, `decode` (one box, prompt encoder and mask decoder) and `product` (of square
-matrices, for the machine's rate) give `{"seconds": ...}`. `memory` encodes once, gives
+`python bench_worker.py MODULE NAME SETUP`: MODULE has the model's builder in its `BUILDERS`, SETUP
+is a JSON object with the fields of `bench_models.Setup`. The worker answers with one line of JSON
+when the model is ready, then with one for each line that it reads, the name of a method of the
+model: `{"seconds": ...}`. An encoder has `encode`, `decode` (one box, prompt encoder and mask
+decoder) and `product` (of square matrices, for the machine's rate); `memory` encodes once, gives
 `{"peak_bytes": ...}`, and writes the embedding, (rows, columns, channels), to `Setup.embedding`.
 """
 
@@ -13,6 +14,7 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
+import importlib
 import json
 import os
 import subprocess
@@ -24,21 +26,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_models import BUILDERS, Setup  # pyrefly: ignore[missing-import]
-from safetensors.numpy import load_file
-
-from samjax.models import SamConfig
+from bench_models import Setup  # pyrefly: ignore[missing-import]
 
 
 class Worker:
-    """A library's model in a process of its own."""
+    """A library's model in a process of its own; `module` has its builder."""
 
-    def __init__(self, name: str, setup: Setup, environment: dict[str, str]) -> None:
+    def __init__(self, name: str, setup: Setup, environment: dict[str, str], module: str) -> None:
         self.name = name
         # A pipe would fill up and block; this is read when something goes wrong.
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            [sys.executable, __file__, name, json.dumps(dataclasses.asdict(setup))],
+            [sys.executable, __file__, module, name, json.dumps(dataclasses.asdict(setup))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -72,14 +71,12 @@ class Worker:
         self._errors.close()
 
 
-def main(name: str, setup: Setup) -> None:
+def main(module: str, name: str, setup: Setup) -> None:
     """Builds a model, then does what it is told until its input ends."""
     # Libraries may print; only answers go to the parent.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    config = SamConfig.from_json(setup.config)
-    image = np.random.default_rng(0).normal(size=(1, *config.frame.shape, 3)).astype(np.float32)
-    model = BUILDERS[name](setup, config, load_file(setup.weights), image)
+    model = importlib.import_module(module).BUILDERS[name](setup)
     answers.write(json.dumps(model.facts) + "\n")
     for line in sys.stdin:
         if line.strip() == "memory":
@@ -117,4 +114,4 @@ def _status(field: str) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Setup(**json.loads(sys.argv[2])))
+    main(sys.argv[1], sys.argv[2], Setup(**json.loads(sys.argv[3])))

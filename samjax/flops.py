@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import Jaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from samjax.jaxprs import inner_jaxprs
 
@@ -23,7 +24,16 @@ def count_flops(function: Callable[..., Any], *args: Any) -> int:
     out, as it is where a machine's rate is given in FLOP/s; of a conditional, the costliest branch
     counts. Raises ValueError where products stand in a `while_loop`, whose turns nobody knows.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    return program_flops(jax.make_jaxpr(function)(*args))
+
+
+def program_flops(program: ClosedJaxpr) -> int:
+    """`count_flops` of a function that is traced already (`jax.jit(function).trace(...).jaxpr`).
+
+    What no output depends on does not count, in loops and checkpoints neither: no compiler runs it.
+    """
+    needed, _ = dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
+    return _count(needed)
 
 
 def _count(jaxpr: Jaxpr) -> int:

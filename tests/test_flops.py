@@ -73,6 +73,20 @@ def test_convolutions(groups, channels):
     assert counted == 2 * (4 * 5 * 12) * (3 * 3 * channels)
 
 
+def test_what_nothing_reads_does_not_count():
+    def waste(x, kernels):
+        def layer(x, kernel):
+            return x @ kernel, kernel @ kernel  # the second is stacked, and read by nothing
+
+        def checkpointed(x):
+            return x.sum(), x @ x.T
+
+        kernels[0] @ kernels[1]
+        return jax.checkpoint(checkpointed)(jax.lax.scan(layer, x, kernels)[0])[0]
+
+    assert count_flops(waste, shape(2, 3), shape(5, 3, 3)) == 5 * 2 * 2 * 3 * 3
+
+
 def test_conditionals_count_the_costliest_branch():
     def either(flag, x):
         return jax.lax.cond(flag, lambda x: x @ x, lambda x: x @ x @ x, x)

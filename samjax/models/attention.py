@@ -7,13 +7,13 @@ rematerialised in the backward pass. The batch stays whole: it may be spread ove
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 AttentionKind = Literal["chunked", "dense"]
@@ -21,6 +21,8 @@ AttentionKind = Literal["chunked", "dense"]
 # 16 MB in float32: a CPU's caches hold it, and its allocator keeps the pages from chunk to chunk.
 # Six times as many scores made the encoder of ViT-B a third slower (docs/performance.md).
 SCORES_PER_CHUNK = 4 * 2**20
+# The name, for policies of `jax.checkpoint`, of what `attend` computes that is small.
+_KEPT = "attended"
 
 
 def attend(
@@ -38,9 +40,11 @@ def attend(
         scores = scores + bias.astype(scores.dtype)
     scores = scores.astype(jnp.float32)
     # The result does not depend on the maximum: it only keeps exp from overflowing.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    most = checkpoint_name(jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)), _KEPT)
+    weights = jnp.exp(scores - most)
     out = jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v)
-    return (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+    out, total = checkpoint_name((out, weights.sum(axis=-1, keepdims=True)), _KEPT)
+    return (out / total).astype(v.dtype)
 
 
 def relative_table(size: int, rel_pos: Float[Array, "l d"]) -> Float[Array, "n n d"]:
@@ -87,7 +91,9 @@ def attend_map(
 
     if kind == "dense":
         return rows(q, table_h, k, v)
-    body = functools.partial(jax.checkpoint, prevent_cse=False)(rows)
+    # The backward pass computes the scores again, but not what was made of them.
+    policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
+    body = jax.checkpoint(rows, prevent_cse=False, policy=policy)
     some_heads, some_rows = chunk_sizes(*q.shape[:4])
 
     def heads(q: Array, k: Array, v: Array) -> Array:
