@@ -40,9 +40,7 @@ class StackDelta(Additive):
 
     def update(self, site: Site, x: Array, ctx: Context) -> Array:
         """The sum of the updates; each has random numbers of its own."""
-        parts = (
-            delta.update(site, x, _nth_context(ctx, i)) for i, delta in enumerate(self.deltas)
-        )
+        parts = (delta.update(site, x, _nth_context(ctx, i)) for i, delta in enumerate(self.deltas))
         return sum(parts, start=jnp.zeros((), x.dtype))
 
     def kernel_update(self, info: SiteInfo, kernel: Any, ctx: Context) -> Any:

@@ -65,7 +65,7 @@ class ConvLoRADelta(Additive):
     a: Any = field()  # (in, rank)
     b: Any = field()  # (segments, rank, out of one segment)
     kernel: Any = field()  # (experts, 3, 3, rank, rank)
-    bias: Any = field()  # (experts, rank)
+    bias: Any = field(decay=False)  # (experts, rank)
     w_gate: Any = field()  # (rank, experts)
     w_noise: Any = field()  # (rank, experts)
     scale: Any = field(BUFFER)  # ()

@@ -34,9 +34,12 @@ WEIGHTS = "weights"
 UNTRAINED = frozenset({FROZEN, BUFFER, DERIVED})
 
 
-def field(group: str | Callable[[Any], str] = WEIGHTS) -> Any:
-    """A field of a record that holds arrays of one group; a function tells it from the record."""
-    return struct.field(metadata={"group": group})
+def field(group: str = WEIGHTS, decay: bool = True) -> Any:
+    """A field of a record that holds arrays of one group.
+
+    `decay` False keeps weight decay from it; it never acts on arrays of one axis.
+    """
+    return struct.field(metadata={"group": group, "decay": decay})
 
 
 def static(default: Any = dataclasses.MISSING) -> Any:
@@ -57,16 +60,25 @@ class Record:
 
     def groups(self) -> Any:
         """The record with each array replaced by the name of its group."""
-        changes = {}
-        for f in dataclasses.fields(self):  # pyrefly: ignore[bad-argument-type]
-            if f.metadata.get("pytree_node", True):
-                group = f.metadata["group"]
-                name = group(self) if callable(group) else group
-                changes[f.name] = jax.tree.map(
-                    lambda node, name=name: node.groups() if is_record(node) else name,
-                    getattr(self, f.name),
-                    is_leaf=is_record,
-                )
+        return self._map_fields(lambda field, _: field["group"], Record.groups)
+
+    def decays(self) -> Any:
+        """The record with each array replaced by whether weight decay acts on it."""
+        return self._map_fields(lambda field, leaf: field["decay"] and leaf.ndim > 1, Record.decays)
+
+    def _map_fields(self, of_array: Callable[[Any, Any], Any], of_record: Any) -> Any:
+        """The record with each array replaced, by its field's metadata and the array."""
+        changes = {
+            f.name: jax.tree.map(
+                lambda node, f=f: (
+                    of_record(node) if is_record(node) else of_array(f.metadata, node)
+                ),
+                getattr(self, f.name),
+                is_leaf=is_record,
+            )
+            for f in dataclasses.fields(self)  # pyrefly: ignore[bad-argument-type]
+            if f.metadata.get("pytree_node", True)
+        }
         return dataclasses.replace(self, **changes)  # pyrefly: ignore[bad-argument-type]
 
 

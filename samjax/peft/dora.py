@@ -41,7 +41,7 @@ class DoRADelta(Delta):
     )
 
     lora: Any = field()  # LoRADelta
-    magnitude: Any = field()  # (segments, out of one segment)
+    magnitude: Any = field(decay=False)  # (segments, out of one segment)
     # ||W||, kept so that the gain of a new record is exactly 1.
     norm: Any = field(DERIVED)  # (segments, out of one segment)
 
@@ -53,7 +53,8 @@ class DoRADelta(Delta):
 
     def merge(self, info: SiteInfo, kernel: Any, bias: Any, ctx: Context) -> tuple[Any, Any]:
         """W', and the bias as it is."""
-        updated = jnp.asarray(kernel, jnp.float32) + self.lora.kernel_update(info, kernel, ctx)
+        kernel = jnp.asarray(kernel, jnp.float32)
+        updated = kernel + self.lora.kernel_update(info, kernel, ctx)
         return updated * self.gain(info, kernel), bias
 
     def gain(self, info: SiteInfo, kernel: Float[Array, "n m"]) -> Float[Array, " m"]:

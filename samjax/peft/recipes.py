@@ -204,6 +204,10 @@ def _convolutions(config: Any) -> Rule:
     return Rule("image_encoder/**", config)
 
 
+# Not qkv, the fused projection as one: its pieces are q, k and v.
+_FACT_TARGETS = ("q", "k", "v", "proj", "mlp", "decoder")
+
+
 def fact_tt(
     *,
     rank: int = 8,
@@ -212,6 +216,7 @@ def fact_tt(
     dropout: float = 0.0,
 ) -> tuple[Rule, ...]:
     """FacT in its tensor-train form on q, k and v of every encoder block, or on `targets`."""
+    _check_targets(targets, _FACT_TARGETS)
     return _linear_rules(FacT(rank, "tt", scale, dropout), targets)
 
 
@@ -223,6 +228,7 @@ def fact_tk(
     dropout: float = 0.0,
 ) -> tuple[Rule, ...]:
     """FacT in its Tucker form on q, k and v of every encoder block, or on `targets`."""
+    _check_targets(targets, _FACT_TARGETS)
     return _linear_rules(FacT(rank, "tk", scale, dropout), targets)
 
 

@@ -78,8 +78,8 @@ class SAMParserBasesDelta(Delta):
     alone: ClassVar[str] = (
         "its bases are trained, so that it takes the place of the kernel and adds nothing to it"
     )
-    u: Any = field()  # (out, rank)
-    v: Any = field()  # (in, rank); of a convolution (k * k * in, rank)
+    u: Any = field(decay=False)  # (out, rank)
+    v: Any = field(decay=False)  # (in, rank); of a convolution (k * k * in, rank)
     # Well conditioned: machines agree on it without a fingerprint.
     s: Any = field(DERIVED)  # (rank,)
 

@@ -31,8 +31,9 @@ from samjax.peft.delta import Delta, Method, field, join_segments, segment_width
 class SSFDelta(Delta):
     """y = (1 + scale) * site(x) + shift, for each adapted segment of the output."""
 
-    scale: Any = field()  # (segments, out of one segment)
-    shift: Any = field()  # (segments, out of one segment); None where the layer has no bias
+    scale: Any = field(decay=False)  # (segments, out of one segment)
+    # (segments, out of one segment); None where the layer has no bias
+    shift: Any = field(decay=False)
     segments: tuple[str, ...] = static()
 
     alone: ClassVar[str] = "it rescales what its site gives, so that the order would matter"

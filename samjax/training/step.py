@@ -19,7 +19,7 @@ from flax import struct
 from jaxtyping import Array, Int
 
 from samjax.models import Sam
-from samjax.peft.delta import UNTRAINED
+from samjax.peft.delta import UNTRAINED, is_record
 from samjax.peft.spec import combine
 from samjax.training.losses import LossConfig
 from samjax.training.objective import objective
@@ -69,7 +69,7 @@ def make_optimizer(
             warmup_steps=warmup,
             decay_steps=max(steps, 1),
         )
-        return optax.adamw(schedule, weight_decay=config.weight_decay, mask=_matrices)
+        return optax.adamw(schedule, weight_decay=config.weight_decay, mask=_decays)
 
     decoder = config.decoder_learning_rate
     peaks = {} if decoder is None else {"decoder": decoder}
@@ -80,8 +80,11 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(config.clip), optax.partition(by_group, labels))
 
 
-def _matrices(params: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+def _decays(train: Any) -> Any:
+    """What weight decay acts on: matrices, but those that a record exempts."""
+    return jax.tree.map(
+        lambda node: node.decays() if is_record(node) else node.ndim > 1, train, is_leaf=is_record
+    )
 
 
 def trained_labels(groups: Any) -> Any:

@@ -11,7 +11,7 @@ from samjax import peft
 from samjax.data.prompts import ABSENT, NEGATIVE, NOT_A_POINT, POSITIVE, encode_prompt
 from samjax.models import Prompts, Sam, SamConfig, VitConfig
 from samjax.nn import Context
-from samjax.peft import PeftSpec, Rule, Train
+from samjax.peft import DoRA, PeftSpec, Rule, Train
 from samjax.peft.delta import field
 from samjax.preprocess import inside, upsample
 from samjax.training.corrections import corrective_point, make_room, put_point, sample_pixel
@@ -346,3 +346,22 @@ def test_names_are_the_order_of_the_checks():
     train = {"params": {"b": np.ones(2), "frozen": None}, "peft": {"a": np.ones(2)}}
     names = ["the gradient of params/b", "the gradient of peft/a"]
     assert finite_names(train) == ["the loss", *names, "the gradient's norm"]
+
+
+def test_weight_decay_acts_on_matrices_alone(small_model, small_params):
+    """Not on norms and biases, and not on what a record exempts: DoRA's magnitudes, here 2-D."""
+    spec = PeftSpec((Rule("image_encoder/**/attn/qkv[q,v]", DoRA(2)), Rule("**/neck_1/*", Train())))
+    tree = peft.attach(spec, small_model, small_params, jax.random.key(0))
+    variables = {"params": small_params, "peft": tree}
+    train, _ = peft.partition(variables, peft.trainable(spec, small_model, variables))
+    labels = trained_labels(peft.groups(spec, small_model, variables))
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5, warmup=0.0)
+    optimizer = make_optimizer(config, 10, labels)
+    zero = jax.tree.map(jnp.zeros_like, train)
+    updates, _ = optimizer.update(zero, optimizer.init(train), train)
+    delta, change = (
+        t["peft"]["image_encoder"]["blocks_0"]["attn"]["qkv"]["delta"] for t in (train, updates)
+    )
+    np.testing.assert_allclose(change.lora.a, -0.05 * delta.lora.a, rtol=1e-5)
+    assert not change.magnitude.any()
+    assert not any(u.any() for u in jax.tree.leaves(updates["params"]))
