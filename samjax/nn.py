@@ -184,7 +184,7 @@ class Dense(nn.Module):
         site = Site(info, kernel, bias, self._linear, _loss_of(self))
         return _call_site(self, site, x.astype(self.dtype), ctx)
 
-    def _linear(self, x: Array, kernel: Array, bias: Array | None) -> Array:
+    def _linear(self, x: Array, kernel: Any, bias: Any) -> Array:
         y = x @ kernel.astype(self.dtype)
         return y if bias is None else y + bias.astype(self.dtype)
 
@@ -213,7 +213,7 @@ class Conv(nn.Module):
         site = Site(info, kernel, bias, self._conv, _loss_of(self))
         return _call_site(self, site, x.astype(self.dtype), ctx)
 
-    def _conv(self, x: Array, kernel: Array, bias: Array | None) -> Array:
+    def _conv(self, x: Array, kernel: Any, bias: Any) -> Array:
         kernel = kernel.astype(self.dtype)
         if self.kernel_size == self.stride:
             # Blocks that do not overlap are a matrix product, which every backend does well.
@@ -300,7 +300,7 @@ class LayerNorm(nn.Module):
         info = SiteInfo("/".join(self.path), "norm", scale.shape)
         return _call_site(self, Site(info, scale, bias, self._norm), x, ctx)
 
-    def _norm(self, x: Array, scale: Array, bias: Array | None) -> Array:
+    def _norm(self, x: Array, scale: Any, bias: Any) -> Array:
         x = x.astype(jnp.float32)
         centred = x - x.mean(axis=-1, keepdims=True)
         variance = jnp.square(centred).mean(axis=-1, keepdims=True)
@@ -326,7 +326,7 @@ class BatchNorm(nn.Module):
         mean = self.param("mean", nn.initializers.zeros, shape)
         var = self.param("var", nn.initializers.ones, shape)
 
-        def apply(x: Array, scale: Array, bias: Array | None) -> Array:
+        def apply(x: Array, scale: Any, bias: Any) -> Array:
             factor = scale * jax.lax.rsqrt(var + self.epsilon)
             shift = -mean * factor if bias is None else bias - mean * factor
             return (x.astype(jnp.float32) * factor + shift).astype(self.dtype)
