@@ -53,7 +53,7 @@ def config() -> Config:
         log_every=5,
         checkpoint_every=20,
         gallery=2,
-        optimizer=OptimizerConfig(learning_rate=1e-3),
+        optimizer=OptimizerConfig(learning_rate=1e-3, decoder_learning_rate=1e-3),
         augment=AugmentConfig(flip=True, vertical_flip=True, rotate90=True),
     )
 

@@ -52,6 +52,8 @@ class Config:
     image_size: int | tuple[int, int] | None = None
     # Shares of train, validation and test, where the data folder has no splits of its own.
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    # What draws these shares; `seed` does not, so that runs of several seeds have one test split.
+    split_seed: int = 0
     method: Annotated[MethodConfig, _FLAT] = MethodConfig()
     optimizer: Annotated[OptimizerConfig, _FLAT] = OptimizerConfig()
     # What training minimises; the kinds are in `samjax.training.losses`.
@@ -73,7 +75,7 @@ class Config:
     accumulate: int = 1
     # Images a step of evaluation.
     eval_batch_size: int = 4
-    # Seed of splits, shuffling, augmentation, prompts, adapter initialisation and dropout.
+    # Seed of shuffling, augmentation, prompts, adapter initialisation and dropout.
     seed: int = 0
     # Compute dtype; parameters, softmax, norms and losses are float32 in either.
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -150,17 +152,56 @@ class Config:
         }
         return max(weights, key=weights.__getitem__)
 
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate of what the method trains; of method decoder, that of the decoder."""
+        if self.method.method == "decoder":
+            return self.optimizer.decoder_learning_rate
+        return self.optimizer.learning_rate or self.method.learning_rate
+
+    def resolved(self) -> dict[str, Any]:
+        """`to_json` with the method's own values where its settings are left out."""
+        data = self.to_json()
+        data["method"] = self.method.resolved()
+        data["optimizer"]["learning_rate"] = self.learning_rate
+        return data
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict; `from_json` is its inverse."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Config:
-        """Rebuilds a config. Raises ValueError for what is no config of this version."""
+        """Rebuilds a config, one of an older samjax too. Raises ValueError for what is none."""
         try:
-            return _rebuild(Config, data)
+            return _rebuild(Config, _of_this_version(data))
         except TypeError as error:
             raise ValueError(f"not a config of this samjax: {error}") from None
+
+
+def _of_this_version(data: Any) -> Any:
+    """The settings in an older samjax's config.json, by what they are called and mean now."""
+    if not isinstance(data, dict):
+        return data
+    # Before there was split_seed, seed drew the splits, too.
+    data = {"split_seed": data.get("seed", 0), **data}
+    method, optimizer = data.get("method"), data.get("optimizer")
+    if isinstance(method, dict) and ("segments" in method or "train_decoder" in method):
+        method = dict(method)
+        segments = method.pop("segments", "qv")
+        method["decoder"] = "all" if method.pop("train_decoder", True) else "none"
+        if method.get("method") == "decoder":  # LoRA's defaults stood there as well
+            method = {name: method[name] for name in ("method", "decoder")}
+        else:
+            method["targets"] = tuple(dict.fromkeys(segments))
+        data["method"] = method
+    # Left out, the decoder's learning rate was that of the method.
+    if isinstance(optimizer, dict) and optimizer.get("decoder_learning_rate", 0) is None:
+        rate = optimizer.get("learning_rate")
+        if rate is None:
+            rate = _rebuild(MethodConfig, data.get("method", {}), "method.").learning_rate
+        data["optimizer"] = {**optimizer, "decoder_learning_rate": rate}
+    return data
 
 
 def _check_choices(config: Config) -> None:

@@ -55,7 +55,7 @@ def open_data(config: Config, split: str, console: Console) -> Dataset:
     return open_source(
         config.data,
         split,
-        seed=config.seed,
+        seed=config.split_seed,
         fractions=config.fractions,
         objects=config.objects,
         classes=config.classes,
@@ -335,13 +335,32 @@ def _check_folder(config: Config, out: Path, resume: bool) -> None:
         return
     if not (out / "config.json").is_file():
         raise ValueError(f"nothing to resume: {out} holds no run; leave out --resume to start one")
-    old, new = read_run_config(out).to_json(), with_absolute_paths(config).to_json()
+    if changed := changed_setting(out, config):
+        raise ValueError(f"cannot resume {out} with another config: {changed}")
+
+
+def changed_setting(out: Path, config: Config) -> str | None:
+    """What makes a run of `config` another than the one in `out`, in words; the first setting.
+
+    Raises ValueError where there is no run.
+    """
+    old, new = (_flat(c.resolved()) for c in (read_run_config(out), with_absolute_paths(config)))
     free = _FREE_ON_RESUME
     if config.validate_every is not None:  # a metric's last bits may depend on it
         free = free - {"eval_batch_size"}
-    differ = [key for key in new if old[key] != new[key] and key not in free]
-    if differ:
-        raise ValueError(
-            f"cannot resume {out} with another config: {differ[0]} was {old[differ[0]]!r} and is "
-            f"now {new[differ[0]]!r}"
-        )
+    for name in {**new, **old}:
+        before, now = old.get(name), new.get(name)
+        if before != now and name not in free:
+            return f"{name} was {before!r} and is now {now!r}"
+    return None
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings in groups as GROUP.NAME."""
+    flat = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            flat[name] = value
+    return flat

@@ -7,6 +7,7 @@ import pytest
 
 from samjax.config import Config
 from samjax.data.prompts import PromptConfig
+from samjax.peft.recipes import RECIPES, MethodConfig
 from samjax.training.losses import LossConfig
 from samjax.training.step import OptimizerConfig
 
@@ -29,6 +30,47 @@ def test_survives_json():
     assert Config.from_json({"weights": "w"}) == Config(weights="w")  # as of an older samjax
 
 
+OLD_METHOD = {
+    "method": "lora",
+    "rank": 4,
+    "alpha": None,
+    "segments": "qv",
+    "dropout": 0.0,
+    "train_decoder": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("old", "method"),
+    [
+        ({}, MethodConfig(rank=4, targets=("q", "v"), dropout=0.0)),
+        ({"segments": "qqk"}, MethodConfig(rank=4, targets=("q", "k"), dropout=0.0)),
+        (
+            {"rank": 8, "train_decoder": False},
+            MethodConfig(rank=8, targets=("q", "v"), dropout=0.0, decoder="none"),
+        ),
+        ({"method": "decoder"}, MethodConfig("decoder")),
+    ],
+)
+def test_methods_of_an_older_samjax(old, method):
+    assert Config.from_json({"method": {**OLD_METHOD, **old}}).method == method
+
+
+def test_what_an_older_samjax_left_out():
+    optimizer = {"learning_rate": 2e-3, "decoder_learning_rate": None}
+    old = Config.from_json({"seed": 3, "method": OLD_METHOD, "optimizer": optimizer})
+    assert old.optimizer == OptimizerConfig(2e-3, decoder_learning_rate=2e-3)
+    assert old.split_seed == 3  # which drew its splits
+    assert Config.from_json({"seed": 3, "split_seed": 1}).split_seed == 1
+    data = {"method": {"method": "full"}, "optimizer": {"decoder_learning_rate": None}}
+    assert Config.from_json(data).optimizer == OptimizerConfig(decoder_learning_rate=1e-4)
+
+
+def test_the_decoder_trains_alike_beside_every_method():
+    rates = {Config(method=MethodConfig(m)).optimizer.decoder_learning_rate for m in RECIPES}
+    assert rates == {5e-4} and Config(method=MethodConfig("decoder")).learning_rate == 5e-4
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -36,6 +78,7 @@ def test_survives_json():
         ({"optimizer": {"lr_rate": 1.0}}, "optimizer.lr_rate; the nearest is optimizer.learning_"),
         ({"optimizer": 3}, "optimizer must hold settings by name"),
         ({"steps": "three"}, "not a config of this samjax"),
+        ({"method": {"segments": 3}}, "not a config of this samjax"),
     ],
 )
 def test_json_that_is_no_config(data, message):

@@ -33,6 +33,8 @@ _DECODER = {
     ),
     "none": (),
 }
+# Peak learning rate of the mask decoder, beside any method.
+DECODER_LEARNING_RATE = 5e-4
 Target = Literal[
     "qkv", "q", "k", "v", "proj", "attn", "mlp", "decoder", "conv", "neck", "transformer"
 ]
@@ -102,6 +104,11 @@ class MethodConfig:
         if not rules:
             raise ValueError(f"method {self.method!r} trains nothing when decoder is none")
         return PeftSpec(rules)
+
+    def resolved(self) -> dict[str, Any]:
+        """The method and all its settings, with its own defaults for those that are left out."""
+        settings = {**RECIPES[self.method].settings, **self._given()}
+        return {"method": self.method, **settings, "decoder": self.decoder}
 
     @property
     def learning_rate(self) -> float:
@@ -190,7 +197,13 @@ def dora(
     dropout: float = 0.0,
 ) -> tuple[Rule, ...]:
     """DoRA on q and v of every encoder block, or on other `targets` (Liu et al. 2024)."""
-    return _linear_rules(DoRA(rank, alpha, dropout), targets)
+    rules = _linear_rules(DoRA(rank, alpha, dropout), targets)
+    # A kernel stays as it is where DoRA turns it, though the rest of the decoder trains.
+    return rules + tuple(
+        Rule(f"{rule.pattern}/kernel", Freeze())
+        for rule in rules
+        if rule.pattern.startswith("mask_decoder/")
+    )
 
 
 def lora_conv(
@@ -259,23 +272,25 @@ def ssf() -> tuple[Rule, ...]:
 def sam_parser(
     *,
     recipe: str = "paper",
-    train: str = "coefficients",
-    targets: tuple[str, ...] = ("neck",),
+    train: str | None = None,
+    targets: tuple[str, ...] | None = None,
 ) -> tuple[Rule, ...]:
     """The coefficients of the neck's two convolutions, or of other `targets` (Peng et al. 2024).
 
-    `recipe` "code" is what the authors' script trains, the whole neck. Raises ValueError for that
-    with another setting.
+    `train` is "coefficients" where it is left out. `recipe` "code" is what the authors' script
+    trains, the whole neck. Raises ValueError for that with another setting.
     """
     if recipe not in ("paper", "code"):
         raise ValueError(f"recipe must be one of paper, code, not {recipe!r}")
     if recipe == "code":
-        if train != "coefficients" or targets != ("neck",):
+        if train is not None or targets is not None:
             raise ValueError("recipe 'code' trains the whole neck; leave out train and targets")
         norms = Rule("image_encoder/neck_{1,3}/*", Train())
         return (Rule("image_encoder/neck_{0,2}", SAMParser("both")), norms)
+    if targets is None:
+        targets = ("neck",)
     _check_targets(targets, ("neck", "transformer"))
-    config = SAMParser(train)
+    config = SAMParser("coefficients" if train is None else train)
     patterns = {
         "neck": ("image_encoder/neck_{0,2}",),
         "transformer": ("image_encoder/**/attn/{qkv,proj}", "image_encoder/**/mlp/*"),
@@ -283,9 +298,9 @@ def sam_parser(
     return tuple(Rule(p, config) for name in patterns if name in targets for p in patterns[name])
 
 
-def _sam_parser_rate(*, recipe: str = "paper", train: str = "coefficients", **_: Any) -> float:
+def _sam_parser_rate(*, recipe: str = "paper", train: str | None = None, **_: Any) -> float:
     """Coefficients are of order one, entries of bases far smaller: each as its size allows."""
-    return 1e-3 if recipe == "paper" and train == "coefficients" else 1e-4
+    return 1e-3 if recipe == "paper" and train in (None, "coefficients") else 1e-4
 
 
 def conv_lora(
@@ -340,7 +355,7 @@ def _linear_rules(config: Any, targets: tuple[str, ...], conv: Any = None) -> tu
 
 
 RECIPES: dict[str, Recipe] = {
-    "decoder": Recipe(decoder, 5e-4),
+    "decoder": Recipe(decoder, DECODER_LEARNING_RATE),
     "bitfit": Recipe(bitfit),
     "norm": Recipe(norm),
     "last_k": Recipe(last_k, 1e-4),

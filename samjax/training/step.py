@@ -20,6 +20,7 @@ from jaxtyping import Array, Int
 
 from samjax.models import Sam
 from samjax.peft.delta import UNTRAINED, is_record
+from samjax.peft.recipes import DECODER_LEARNING_RATE
 from samjax.peft.spec import combine
 from samjax.training.losses import LossConfig
 from samjax.training.objective import objective
@@ -31,10 +32,11 @@ _BCE_DICE = LossConfig()
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay to zero, after a clip of the global norm."""
 
-    # Peak learning rate of adapters; left out, the one that suits the method.
+    # Peak learning rate of adapters and of what trains in the encoder; left out, the one that suits
+    # the method.
     learning_rate: float | None = None
-    # Peak learning rate of the mask decoder; left out, the same.
-    decoder_learning_rate: float | None = None
+    # Peak learning rate of the mask decoder, whatever the method is.
+    decoder_learning_rate: float = DECODER_LEARNING_RATE
     # AdamW's decoupled weight decay, of matrices: biases, norms and other vectors have none.
     weight_decay: float = 1e-4
     # Share of all steps over which the learning rate rises from zero.
@@ -71,11 +73,10 @@ def make_optimizer(
         )
         return optax.adamw(schedule, weight_decay=config.weight_decay, mask=_decays)
 
-    decoder = config.decoder_learning_rate
-    peaks = {} if decoder is None else {"decoder": decoder}
     if config.learning_rate is not None:
         learning_rate = config.learning_rate
     present = set(jax.tree.leaves(labels))
+    peaks = {"decoder": config.decoder_learning_rate}
     by_group = {name: adamw(peaks.get(name, learning_rate)) for name in present}
     return optax.chain(optax.clip_by_global_norm(config.clip), optax.partition(by_group, labels))
 

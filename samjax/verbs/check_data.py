@@ -28,8 +28,8 @@ class CheckData:
     """What `--data` of `samjax train` takes."""
     split: Literal["train", "validation", "test"] | None = None
     """Which part of the data; left out, all, and whether they share images."""
-    seed: int = 0
-    """Seed of the splits, where the data has none of its own."""
+    split_seed: int = 0
+    """As for `samjax train`: what draws the splits, where the data has none of its own."""
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     """Shares of the splits, where the data has none of its own."""
     objects: Literal["together", "each"] = "together"
@@ -46,7 +46,7 @@ class CheckData:
         report = check(
             self.data,
             self.split,
-            seed=self.seed,
+            seed=self.split_seed,
             fractions=self.fractions,
             objects=self.objects,
             classes=self.classes,

@@ -276,6 +276,8 @@ def test_bases_learn_more_slowly_than_coefficients():
     "settings, message",
     [
         ({"recipe": "code", "train": "bases"}, r"'code' trains the whole neck; leave out train"),
+        ({"recipe": "code", "train": "coefficients"}, "trains the whole neck; leave out train"),
+        ({"recipe": "code", "targets": ("neck",)}, "trains the whole neck; leave out train"),
         ({"targets": ("q",)}, r"targets must name some of neck, transformer, not 'q'$"),
         ({"targets": ()}, r"targets must name some of neck, transformer, not nothing$"),
         ({"rank": 4}, r"'sam_parser' has no setting rank: it has recipe, train, targets$"),
