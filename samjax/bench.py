@@ -25,8 +25,9 @@ from samjax import peft as peft_lib
 from samjax.config import Config
 from samjax.data.prompts import BOX_LOWER_RIGHT, BOX_UPPER_LEFT, PromptConfig
 from samjax.flops import program_flops
+from samjax.method_text import with_method
 from samjax.models import MODELS, Sam, SamConfig
-from samjax.peft.recipes import RECIPES, MethodConfig
+from samjax.peft.recipes import RECIPES
 from samjax.terminal import progress_bar
 from samjax.training.loop import prepare
 from samjax.training.memory import exhaustion, gigabytes
@@ -80,7 +81,7 @@ def bench_methods(
 def training_config(method: str, batch_size: int) -> Config:
     """The run that a method's step is taken from: defaults, but a box as prompt."""
     prompts = PromptConfig(none=0.0, box=1.0)
-    return Config(method=MethodConfig(method=method), batch_size=batch_size, prompts=prompts)
+    return with_method(Config(batch_size=batch_size, prompts=prompts), method)
 
 
 def random_batch(config: SamConfig, batch_size: int) -> dict[str, np.ndarray]:

@@ -12,26 +12,24 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import difflib
 import importlib.util
 import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from samjax import peft as peft_lib
-from samjax.arguments import parse
 from samjax.config import Config
 from samjax.files import check_writable, read_record, write_beside, write_json, writing
 from samjax.lock import check_free, run_lock
-from samjax.peft.recipes import RECIPES, MethodConfig
-from samjax.run import BEFORE, check_out, open_model, open_sources, train
+from samjax.method_text import with_method
+from samjax.peft.recipes import RECIPES
+from samjax.run import BEFORE, changed_setting, check_out, open_model, open_sources, train
 from samjax.terminal import Interrupted
 from samjax.training.memory import gigabytes
 
@@ -67,7 +65,8 @@ class Row:
     run: str
     state: Literal["finished", "failed", "waiting"]
     error: str | None = None
-    learning_rate: float | None = None
+    learning_rate: float | None = None  # of what the method trains
+    decoder_learning_rate: float | None = None  # None where the decoder does not train
     trainable: int | None = None  # numbers
     dice_before: float | None = None
     iou_before: float | None = None
@@ -100,6 +99,7 @@ class Line:
     method: str
     seeds: tuple[int, ...]  # of the finished runs
     failed: tuple[int, ...]  # seeds
+    learning_rate: float | None
     trainable: int | None
     dice: Spread | None
     iou: Spread | None
@@ -129,6 +129,7 @@ class Comparison:
             method=_BASELINE,
             seeds=tuple(rows),
             failed=(),
+            learning_rate=None,
             trainable=0,
             dice=_spread([row.dice_before for row in rows.values()]),
             iou=_spread([row.iou_before for row in rows.values()]),
@@ -145,6 +146,7 @@ class Comparison:
             method=method,
             seeds=tuple(row.seed for row in done),
             failed=tuple(row.seed for row in rows if row.state == "failed"),
+            learning_rate=rows[0].learning_rate,
             trainable=done[0].trainable if done else None,
             dice=_spread([row.dice for row in done]),
             iou=_spread([row.iou for row in done]),
@@ -160,16 +162,20 @@ class Comparison:
         steps = _said(str(s["steps"]) for s in self.summaries) or config.steps
         size = _said("x".join(map(str, s["input_size"])) for s in self.summaries)
         seeds = _said(str(row.seed) for row in self.rows)
+        decoder = (row.decoder_learning_rate for row in self.rows)
+        rates = _said(f"{rate:g}" for rate in decoder if rate is not None)
         parts = [
             f"{steps} steps" if steps else f"{config.epochs:g} epochs",
             f"batch {config.batch_size}",
             f"{size or 'unknown'} px",
             f"weights {config.weights}",
-            f"data {config.data}",
+            f"data {config.data} (where it has no splits of its own, split seed "
+            f"{config.split_seed} draws them)",
+            *([f"mask decoder at learning rate {rates}"] if rates else []),
             f"evaluated with prompt {config.evaluation_prompt}",
             f"device {_said(s['device'] for s in self.summaries) or 'unknown'}",
             f"date {_said(s['date'] for s in self.summaries) or 'unknown'}",
-            f"seeds {seeds} (mean ± sample standard deviation over them)",
+            f"seeds {seeds} (mean ± sample standard deviation over those that a method has)",
         ]
         return "Budget: " + ", ".join(parts)
 
@@ -215,7 +221,7 @@ class Comparison:
 
 
 _COLUMNS = (
-    *("method", "trainable numbers", "Dice", "IoU"),
+    *("method", "learning rate", "trainable numbers", "seeds", "Dice", "IoU"),
     *("steps/s", "memory of a step", "adapter file"),
 )
 
@@ -232,11 +238,12 @@ def plan(config: Config, methods: Sequence[str], seeds: Sequence[int], out: Path
         if len(set(values)) < len(values):
             twice = next(value for value in values if list(values).count(value) > 1)
             raise ValueError(f"{name} has {twice} twice: leave one out")
-    configs = {text: _with_method(config, text) for text in methods}
+    configs = {text: with_method(config, text) for text in methods}
     labels: dict[str, str] = {}
     for i, text in enumerate(methods):
         other = labels.setdefault(_label(text).lower(), text)  # some file systems ignore case
-        same = next((t for t in methods[:i] if configs[t] == configs[text]), other)
+        resolved = configs[text].resolved()
+        same = next((t for t in methods[:i] if configs[t].resolved() == resolved), other)
         if same != text:
             raise ValueError(f"{same} and {text} are the same method: leave one out")
     if out.exists() and not out.is_dir():
@@ -260,56 +267,48 @@ def _label(text: str) -> str:
     return re.sub(r"[^\w.=+,-]+", "_", text)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Settings:
-    """What a method's text may set."""
-
-    method: Annotated[MethodConfig, tyro.conf.arg(name="")]
-    learning_rate: float | None = None
-
-
-def _with_method(config: Config, text: str) -> Config:
-    """The config with the method of NAME or NAME:SETTING=VALUE,...; see `samjax compare --help`."""
-    name, _, settings = text.partition(":")
-    given = dict(part.partition("=")[::2] for part in settings.split(",") if part)
-    if name not in RECIPES:
-        MethodConfig(name)  # which says so
-    own = RECIPES[name].settings
-    known = (*own, "decoder", "learning_rate")
-    for key, value in given.items():
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"{text}: method {name!r} has no setting {key!r}; the nearest is {nearest}, and it "
-                f"has {', '.join(known)}"
-            )
-        if not value:
-            raise ValueError(f"{text}: {key} has no value; write {key}=VALUE")
-    hints = get_type_hints(MethodConfig)
-    argv = []
-    for key, value in given.items():
-        values = value.split("+") if _is_tuple(hints.get(key)) else [value]
-        argv += [f"--{key.replace('_', '-')}", *values]
-    shared = {key: getattr(config.method, key) for key in (*own, "decoder")}
-    try:
-        default = _Settings(MethodConfig(name, **shared), config.optimizer.learning_rate)
-        settings = parse(_Settings, argv, "samjax compare EXPERIMENT.py", default, None)
-        optimizer = dataclasses.replace(config.optimizer, learning_rate=settings.learning_rate)
-    except ValueError as error:
-        raise ValueError(f"{text}: {error}") from None
-    return dataclasses.replace(config, method=settings.method, optimizer=optimizer)
+def _text(label: str) -> str:
+    """The method of a folder's name. Raises ValueError for a name that `_label` does not give."""
+    for name in sorted(RECIPES, key=len, reverse=True):  # lora_conv is no lora
+        if label == name:
+            return name
+        if label.startswith(f"{name}_"):
+            return f"{name}:{label.removeprefix(f'{name}_')}"
+    raise ValueError(f"{label} is no method")
 
 
-def _is_tuple(hint: Any) -> bool:
-    return any(get_origin(kind) is tuple for kind in (hint, *get_args(hint)))
+def earlier_runs(config: Config, runs: Sequence[Run], out: Path, console: Console) -> list[Run]:
+    """Finished runs of earlier commands in `out` at the budget of `config`, as they were finished.
+
+    Those that are not what the experiment makes of their method and seed now are left out, with a
+    sentence.
+    """
+    planned = {run.out for run in runs}
+    files = sorted(out.glob(f"*/seed_*/{_SUMMARY}"), key=lambda file: file.stat().st_mtime)
+    found = []
+    for folder in (file.parent for file in files if file.parent not in planned):
+        try:
+            text, seed = _text(folder.parent.name), int(folder.name.removeprefix("seed_"))
+            own = dataclasses.replace(with_method(config, text), seed=seed)
+            changed = changed_setting(folder, own)
+        except ValueError as error:
+            changed = str(error)
+        if changed:
+            console.print(f"not in the table: {folder}: {changed}")
+        else:
+            found.append(Run(text, own, folder))
+    return found
 
 
-def compare(runs: Sequence[Run], out: Path, console: Console) -> Comparison:
+def compare(
+    runs: Sequence[Run], out: Path, console: Console, earlier: Sequence[Run] = ()
+) -> Comparison:
     """Trains what is not finished of `plan`'s runs, and returns the comparison, which is on disk.
 
-    A run that fails does not keep the others from theirs. Raises ValueError, before any training,
-    for data, weights or a method that cannot be used, RuntimeError where another process compares
-    in `out`, and `samjax.terminal.Interrupted` when the user stops it.
+    It shows `earlier_runs` as well. A run that fails does not keep the others from theirs. Raises
+    ValueError, before any training, for data, weights or a method that cannot be used, RuntimeError
+    where another process compares in `out`, and `samjax.terminal.Interrupted` when the user stops
+    it.
     """
     _check(runs, console)
     plots = importlib.util.find_spec("matplotlib") is not None
@@ -319,14 +318,16 @@ def compare(runs: Sequence[Run], out: Path, console: Console) -> Comparison:
         out.mkdir(parents=True, exist_ok=True)
     with run_lock(out):
         failures: dict[Path, str] = {}
-        comparison = _gather(runs, failures)
+        # By the first seed the methods stand as they were asked for, whichever command did.
+        shown = sorted((*earlier, *runs), key=lambda run: run.config.seed)
+        comparison = _gather(shown, failures)
         _write(comparison, out, plots)
         for i, run in enumerate(runs):
             if run.finished:
                 continue
             console.print(f"run {i + 1} of {len(runs)}: {run.method}, seed {run.config.seed}")
             try:
-                _train(run, runs, console)
+                _train(run, shown, console)
             except (Interrupted, KeyboardInterrupt):
                 raise Interrupted(
                     f"stopped in {run.out}, whose state is saved; the same command goes on"
@@ -335,7 +336,7 @@ def compare(runs: Sequence[Run], out: Path, console: Console) -> Comparison:
                 # Its text alone: the traceback would keep the run's arrays.
                 failures[run.out] = " ".join(str(error).split()) or type(error).__name__
                 console.print(f"failed: {failures[run.out]}")
-            comparison = _gather(runs, failures)
+            comparison = _gather(shown, failures)
             _write(comparison, out, plots)
         return comparison
 
@@ -363,8 +364,17 @@ def _train(run: Run, runs: Sequence[Run], console: Console) -> None:
 def _gather(runs: Sequence[Run], failures: dict[Path, str]) -> Comparison:
     rows, summaries = [], []
     for run in runs:
-        rate = run.config.optimizer.learning_rate or run.config.method.learning_rate
-        row = Row(run.method, run.config.seed, str(run.out), "waiting", learning_rate=rate)
+        config = run.config
+        row = Row(
+            run.method,
+            config.seed,
+            str(run.out),
+            "waiting",
+            learning_rate=config.learning_rate,
+            decoder_learning_rate=(
+                None if config.method.decoder == "none" else config.optimizer.decoder_learning_rate
+            ),
+        )
         if run.out in failures:
             row = dataclasses.replace(row, state="failed", error=failures[run.out])
         elif run.finished:
@@ -447,7 +457,9 @@ def _cells(line: Line) -> list[str]:
     memory = "" if line.step_bytes is None else gigabytes(line.step_bytes)
     return [
         line.method + failed,
+        "" if line.learning_rate is None else f"{line.learning_rate:g}",
         "" if line.trainable is None else f"{line.trainable:,}",
+        ", ".join(map(str, line.seeds)),
         str(line.dice or ("failed" if line.failed else "")),
         str(line.iou or ("failed" if line.failed else "")),
         "" if line.steps_per_second is None else f"{line.steps_per_second:.3g}",

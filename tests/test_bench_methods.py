@@ -9,9 +9,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from samjax.bench import bench_methods, methods_rows, ratios
+from samjax.bench import bench_methods, methods_rows, ratios, training_config
 from samjax.cli import main
 from samjax.models import MODELS
+from samjax.peft.recipes import MethodConfig
 from samjax.terminal import error_console
 
 REPO = Path(__file__).resolve().parent.parent
@@ -78,6 +79,12 @@ def test_ratios_stand_beside_their_bounds(monkeypatch, small_config, quick_compi
     assert {len(row) for row in rows} == {len(head)}
 
 
+def test_methods_have_settings():
+    config = training_config("lora:rank=8,targets=q+k", 2)
+    assert config.method == MethodConfig("lora", rank=8, targets=("q", "k"))
+    assert config.batch_size == 2 and config.evaluation_prompt == "box"
+
+
 def test_ratios_are_of_rounds():
     found = ratios([1.0, 2.0, 8.0], [2.0, 8.0, 10.0])
     assert found == {"ratio": 0.5, "ratio_range": [0.25, 0.8]}
@@ -90,6 +97,7 @@ def test_ratios_are_of_rounds():
         (("method",), "samjax bench has no 'method'; the nearest is methods"),
         (("methods", "--model", "vit_x"), "unknown model 'vit_x'"),
         (("methods", "--methods", "lorra"), "unknown method 'lorra'; the nearest is lora"),
+        (("methods", "--methods", "lora:rnk=8"), "no setting 'rnk'; the nearest is rank"),
         (("methods", "--image-size", "100"), "not a positive multiple of 16"),
         (("methods", "--rounds", "0"), "rounds must be at least 1"),
         (("methods", "--batch-size", "0"), "batch_size must be at least 1"),

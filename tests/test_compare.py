@@ -1,6 +1,7 @@
 """What a comparison plans, refuses, and makes of its runs; no training here."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -8,12 +9,15 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from samjax import compare as module
-from samjax.compare import compare, plan
+from samjax.compare import compare, earlier_runs, plan
 from samjax.config import Config
+from samjax.data.folder import FolderSource
 from samjax.peft.recipes import MethodConfig
+from samjax.run import open_data
 from samjax.terminal import Interrupted
 from samjax.training.step import OptimizerConfig
 
@@ -98,6 +102,11 @@ def test_a_table_of_means_and_deviations(trained, tmp_path, console):
         assert said in text and said in table
     for said in ("352x352 px", "mobile_sam", "tfds:kvasir_seg", "toy", "2026-01-02", "0, 1, 2"):
         assert said in result.budget()
+    for said in ("split seed 0 draws them", "mask decoder at learning rate 0.0005"):
+        assert said in result.budget()
+    rates = [line["learning_rate"] for line in record["methods"]]
+    assert rates == [None, 5e-4, 1e-3, 1e-5]
+    assert "| full:learning_rate=1e-5 | 1e-05 | 1,000,000 | 0, 1, 2 |" in table
     pytest.importorskip("matplotlib")
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
@@ -136,26 +145,95 @@ def test_failures_and_interruptions(trained, tmp_path, console, monkeypatch):
         plan(Config(weights="mobile_sam", data="tfds:kvasir_seg", steps=8), METHODS, (0,), tmp_path)
 
 
-def test_settings_of_the_experiment_hold_where_a_method_has_them(tmp_path):
+def test_settings_of_the_experiment_are_those_of_its_own_method(tmp_path):
     config = Config(
-        method=MethodConfig("lora", rank=16, decoder="mask"),
-        optimizer=OptimizerConfig(learning_rate=2e-3),
+        method=MethodConfig("lora", rank=16, dropout=0.2, decoder="mask"),
+        optimizer=OptimizerConfig(learning_rate=2e-3, decoder_learning_rate=3e-3),
     )
     texts = (
-        "decoder",
-        "lora",
-        "rslora:rank=2,dropout=0.5,decoder=none",
-        "last_k:learning_rate=None",
+        *("decoder", "decoder:learning_rate=1e-4", "lora", "lora:learning_rate=None", "conv_lora"),
+        *("rslora:rank=2,dropout=0.5,decoder=none,learning_rate=4e-3", "adaptformer"),
     )
     runs = plan(config, texts, (5,), tmp_path)
     assert [run.config.method for run in runs] == [
         MethodConfig("decoder", decoder="mask"),
-        MethodConfig("lora", rank=16, decoder="mask"),
+        MethodConfig("decoder", decoder="mask"),
+        MethodConfig("lora", rank=16, dropout=0.2, decoder="mask"),
+        MethodConfig("lora", rank=16, dropout=0.2, decoder="mask"),
+        MethodConfig("conv_lora", decoder="mask"),
         MethodConfig("rslora", rank=2, dropout=0.5, decoder="none"),
-        MethodConfig("last_k", decoder="mask"),
+        MethodConfig("adaptformer", decoder="mask"),
     ]
-    assert [run.config.optimizer.learning_rate for run in runs] == [2e-3, 2e-3, 2e-3, None]
-    assert all(run.config.seed == 5 for run in runs)
+    optimizers = [run.config.optimizer for run in runs]
+    assert [o.learning_rate for o in optimizers] == [None, None, 2e-3, None, None, 4e-3, None]
+    assert [o.decoder_learning_rate for o in optimizers] == [3e-3, 1e-4] + 5 * [3e-3]
+    rates = [run.config.learning_rate for run in runs]
+    assert rates == [3e-3, 1e-4, 2e-3, 1e-3, 3e-4, 4e-3, 1e-3]
+    assert all(run.config.seed == 5 and run.config.split_seed == 0 for run in runs)
+
+
+def test_seeds_share_their_splits(tmp_path, console):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+        for i in range(20):
+            Image.fromarray(np.zeros((2, 2), np.uint8)).save(tmp_path / kind / f"{i}.png")
+
+    def test_names(**settings):
+        return open_data(Config(data=str(tmp_path), **settings), "test", console).names
+
+    assert test_names() == test_names(seed=1) == FolderSource(tmp_path, "test", seed=0).names
+    assert test_names(split_seed=1) == FolderSource(tmp_path, "test", seed=1).names != test_names()
+
+
+def test_later_commands_add_to_the_table(trained, tmp_path, console):
+    """Finished runs of earlier commands are listed, but those that the experiment is not now."""
+
+    def command(config, methods, seeds):
+        runs = plan(config, methods, seeds, tmp_path)
+        return compare(runs, tmp_path, console, earlier_runs(config, runs, tmp_path, console))
+
+    first = command(CONFIG, METHODS, (0,))
+    for i, row in enumerate(first.rows):  # the order in which they were finished
+        os.utime(tmp_path / row.run / "summary.json", (i, i))
+    trained.done.clear()
+    both = command(CONFIG, METHODS[1:2], (1, 2))
+    assert [done[0] for done in trained.done] == [
+        "lora_rank=8,targets=q+k+v/seed_1",
+        "lora_rank=8,targets=q+k+v/seed_2",
+    ]
+    assert [line.method for line in both.lines()[1:]] == list(METHODS)
+    assert [line.seeds for line in both.lines()[1:]] == [(0,), (0, 1, 2), (0,)]
+    assert both.lines()[2].dice.mean == pytest.approx(DICE[1].mean())
+    assert len((tmp_path / "compare.csv").read_text().splitlines()) == 6
+    assert "not in the table" not in console.file.getvalue()
+    # Logging may differ, the budget may not; what is no run of a comparison is told of.
+    again = command(dataclasses.replace(CONFIG, log_every=3), METHODS[:1], (0,))
+    assert len(again.rows) == 5
+    (tmp_path / "mine/seed_0").mkdir(parents=True)
+    (tmp_path / "mine/seed_0/summary.json").write_text("{}")
+    longer = dataclasses.replace(CONFIG, steps=8)
+    others = command(longer, METHODS[:1], (1,))
+    assert [row.method for row in others.rows] == ["decoder"]
+    said = console.file.getvalue()
+    assert said.count("steps was 7 and is now 8") == 5
+    assert f"not in the table: {tmp_path / 'mine/seed_0'}: mine is no method" in said
+
+
+def test_methods_of_folders():
+    for text in ("lora", "lora_conv", "fact_tt:rank=2", "lora_conv:rank=2", *METHODS):
+        assert module._text(module._label(text)) == text
+
+
+def test_runs_of_before_there_was_a_split_seed_go_on(tmp_path):
+    folder = tmp_path / "decoder/seed_0"
+    folder.mkdir(parents=True)
+    (run,) = plan(CONFIG, METHODS[:1], (0,), tmp_path / "other")
+    old = run.config.to_json()
+    del old["split_seed"]
+    (folder / "config.json").write_text(json.dumps(old))
+    plan(CONFIG, METHODS[:1], (0,), tmp_path)
+    with pytest.raises(ValueError, match="split_seed was 0 and is now 1"):
+        plan(dataclasses.replace(CONFIG, split_seed=1), METHODS[:1], (0,), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +251,8 @@ def test_settings_of_the_experiment_hold_where_a_method_has_them(tmp_path):
         (("lora", "lora"), (0,), "methods has lora twice"),
         (("lora",), (1, 1), "seeds has 1 twice"),
         (("lora:rank=2,dropout=0.1", "lora:dropout=0.1,rank=2"), (0,), "are the same method"),
+        (("decoder:learning_rate=0",), (0,), "learning_rate must be positive"),
+        (("lora", "lora:rank=4"), (0,), "are the same method"),
         (("lora",), (-1,), "seed must lie in"),
     ],
 )

@@ -23,7 +23,7 @@ class Methods:
     by FLOPs alone: of what a method needs, and with the attention that is computed again to save
     memory.
 
-    Example: samjax bench methods --model vit_t --image-size 512 --methods decoder lora
+    Example: samjax bench methods --model vit_t --image-size 512 --methods lora lora:rank=64
     """
 
     model: str = "vit_b"
@@ -31,7 +31,8 @@ class Methods:
     image_size: int | None = None
     """Side of the model's input in pixels; left out, the model's own."""
     methods: tuple[str, ...] | None = None
-    """Which methods beside decoder, by name; left out, all."""
+    """Which methods beside decoder, by name, with settings as for `samjax compare`, such as
+    lora:rank=8; left out, all."""
     batch_size: int = 1
     """Images a step."""
     rounds: int = 5

@@ -19,10 +19,12 @@ from samjax.verbs.experiment import open_experiment
 class Compare:
     """Trains several methods one after another, as an experiment file says, and compares them.
 
-    The same command goes on where an interrupted one stopped. Each run is a folder of its own,
-    OUT/METHOD/seed_SEED, as `samjax train` leaves it.
+    The same command goes on where an interrupted one stopped, and one with other methods or seeds
+    adds to the table: it lists every finished run in OUT of the same experiment. Each run is a
+    folder of its own, OUT/METHOD/seed_SEED, as `samjax train` leaves it. All runs have the same
+    splits: --split-seed draws them, where the data has none, and no seed of --seeds.
 
-    Example: samjax compare experiments/kvasir_lora.py --methods decoder lora "lora:rank=8,targets=q+k+v" --seeds 0 1 2
+    Example: samjax compare experiments/kvasir_lora.py --weights mobile_sam --data Kvasir-SEG --methods decoder lora "lora:rank=8,targets=q+k+v" --seeds 0 1 2
     """  # noqa: E501
 
     config: Annotated[Config, tyro.conf.arg(name="")]
@@ -30,8 +32,10 @@ class Compare:
     """The folder of the runs and of compare.md, compare.csv, compare.json and compare.png."""
     methods: tuple[str, ...] = ()
     """Names of methods, each alone or with settings: NAME:SETTING=VALUE,SETTING=VALUE; several
-    values are joined by +, and learning_rate is a setting, too. Other settings are the
-    experiment's, where the method has them."""
+    values are joined by +, and learning_rate is a setting, too. Settings and the learning rate of
+    the experiment and of flags, such as --rank and --learning-rate, are those of --method, the
+    experiment's own method, alone; others have their own defaults. --decoder and
+    --decoder-learning-rate hold for all."""
     seeds: tuple[int, ...] = ()
     """Seeds that each method is trained with; left out, the experiment's own."""
     json: bool = False
@@ -44,12 +48,13 @@ def run(argv: list[str], console: Console) -> Outcome:
     out = Path("runs") / f"compare_{Path(argv[0]).stem}"
     default = Compare(config=experiment.config, out=out)
     args = parse(Compare, argv[1:], "samjax compare EXPERIMENT.py", default, experiment.doc)
-    from samjax.compare import compare, plan
+    from samjax.compare import compare, earlier_runs, plan
 
     runs = plan(args.config, args.methods, args.seeds or (args.config.seed,), args.out)
     # Before `prepare`, which may download, only what needs no data and no weights is checked.
     experiment.prepare(args.config, console)
-    comparison = compare(runs, args.out, console)
+    earlier = earlier_runs(args.config, runs, args.out, console)
+    comparison = compare(runs, args.out, console, earlier)
     comparison.print(console)
     if args.json:
         return comparison.to_json(), True
