@@ -36,7 +36,8 @@ verbs:
   train       fine-tune, as an experiment file says
               samjax train experiments/kvasir_lora.py --weights mobile_sam --data Kvasir-SEG
   compare     several methods at one budget, in one table
-              samjax compare experiments/kvasir_lora.py --methods decoder lora --seeds 0 1 2
+              samjax compare experiments/kvasir_lora.py --weights mobile_sam --data Kvasir-SEG \\
+                  --methods decoder lora --seeds 0 1 2
   eval        Dice and IoU of a run, or of an experiment's weights before training
               samjax eval runs/kvasir_lora --split test
   params      how many numbers a method trains

@@ -41,8 +41,8 @@ class EvalRun:
 class EvalExperiment:
     """Evaluates an experiment's weights as they are, without training.
 
-    Example: samjax eval experiments/kvasir_lora.py --eval-prompt box --image-size 1024
-    """
+    Example: samjax eval experiments/kvasir_lora.py --weights mobile_sam --data Kvasir-SEG --eval-prompt box --image-size 1024
+    """  # noqa: E501
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     split: Literal["train", "validation", "test"] = "test"

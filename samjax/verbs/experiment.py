@@ -24,8 +24,9 @@ def open_experiment(argv: list[str], verb: str, doc: str) -> Experiment:
     return load_experiment(argv[0])
 
 
+_POLYPS = "experiments/kvasir_lora.py --weights mobile_sam --data Kvasir-SEG"
 _EXAMPLES = {
     "train": "samjax train experiments/demo_nuclei.py",
-    "compare": "samjax compare experiments/kvasir_lora.py --methods decoder lora",
-    "eval": "samjax eval experiments/kvasir_lora.py, or a run folder",
+    "compare": f"samjax compare {_POLYPS} --methods decoder lora",
+    "eval": f"samjax eval {_POLYPS}, or a run folder",
 }

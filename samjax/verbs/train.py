@@ -19,8 +19,8 @@ from samjax.verbs.experiment import open_experiment
 class Train:
     """Fine-tunes as an experiment file says; its settings can be changed by flags.
 
-    Example: samjax train experiments/kvasir_lora.py --data Kvasir-SEG --epochs 5 --out runs/k
-    """
+    Example: samjax train experiments/kvasir_lora.py --weights mobile_sam --data Kvasir-SEG --epochs 5
+    """  # noqa: E501
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     out: Path

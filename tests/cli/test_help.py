@@ -1,6 +1,11 @@
 """`--help` of samjax and of its verbs."""
 
+import re
+from pathlib import Path
+
 import pytest
+
+REPO = Path(__file__).resolve().parents[2]
 
 VERBS = (
     *("weights", "convert", "predict", "data", "check-data"),
@@ -22,6 +27,17 @@ def test_each_verb_has_help_with_an_example(call, verb):
     result = call(verb, "--help")
     assert result.code == 0 and not result.err
     assert f"Example: samjax {verb} " in result.out
+
+
+def test_examples_run_as_printed(call, files):
+    """An experiment without weights and data of its own is given both."""
+    helps = [call("--help").out, *(call(verb, "--help").out for verb in VERBS)]
+    errors = [call(verb).err for verb in ("train", "compare", "eval")]
+    text = "\n".join((*helps, *errors, (REPO / "README.md").read_text()))
+    lines = re.findall(r"samjax (?:train|compare|eval) experiments/kvasir_lora\.py[^`\n]*", text)
+    assert len(lines) > 8
+    for line in lines:
+        assert " --weights " in line and " --data " in line, line
 
 
 @pytest.mark.parametrize("verb", ["train", "compare", "eval"])
