@@ -159,7 +159,8 @@ def call_branch(
     `x` is the residual stream, before the branch's norm; the output is what is added to it.
     """
     info = SiteInfo("/".join(module.path), "branch", (x.shape[-1],), use_bias=False)
-    return _call_site(module, Site(info, None, None, lambda x, *_: branch(x)), x, ctx)
+    site = Site(info, None, None, lambda x, *_: branch(x), _loss_of(module))
+    return _call_site(module, site, x, ctx)
 
 
 class Dense(nn.Module):
@@ -298,7 +299,7 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         info = SiteInfo("/".join(self.path), "norm", scale.shape)
-        return _call_site(self, Site(info, scale, bias, self._norm), x, ctx)
+        return _call_site(self, Site(info, scale, bias, self._norm, _loss_of(self)), x, ctx)
 
     def _norm(self, x: Array, scale: Any, bias: Any) -> Array:
         x = x.astype(jnp.float32)
@@ -332,7 +333,7 @@ class BatchNorm(nn.Module):
             return (x.astype(jnp.float32) * factor + shift).astype(self.dtype)
 
         info = SiteInfo("/".join(self.path), "norm", shape)
-        return _call_site(self, Site(info, scale, bias, apply), x, ctx)
+        return _call_site(self, Site(info, scale, bias, apply, _loss_of(self)), x, ctx)
 
 
 class Embedding(nn.Module):

@@ -33,7 +33,8 @@ def objective(
     mask 0 is the mean over all rounds; that of the three multimask outputs, where they are trained,
     is the first round's, since SAM has them for prompts that are ambiguous. Images are encoded
     once, and the backward pass of a round decodes anew, so that memory hardly grows with rounds.
-    What adapters of the encoder add to the loss is the term `adapter_loss`.
+    What adapters add to the loss is the term `adapter_loss`: those of the encoder once, others as
+    the mean over all rounds.
     """
     frame, truth = batch["image"].shape[1:3], batch["mask"]
     valid = valid_pixels(batch["input_size"], frame, truth.shape[1:])
@@ -46,14 +47,14 @@ def objective(
         mutable=["losses"],
     )
 
-    def decode(prompts: Prompts, key: Any) -> tuple[Any, Any]:
-        return model.apply(variables, embeddings, prompts, Context(rng=key), method="decode")
+    def decode(prompts: Prompts, key: Any) -> tuple[Any, Any, tuple[Any, dict[str, Any]]]:
+        (logits, iou), added = model.apply(
+            variables, embeddings, prompts, Context(rng=key), method="decode", mutable=["losses"]
+        )
+        found = mask_loss(logits[:, 0], iou[:, 0], truth, valid, config)
+        return logits, iou, _with_added(*found, added)
 
-    def loss_of(logits: Any, iou: Any) -> tuple[Any, dict[str, Any]]:
-        return mask_loss(logits[:, 0], iou[:, 0], truth, valid, config)
-
-    logits, iou = decode(Prompts(batch["coords"], batch["labels"]), rng)
-    loss, terms = loss_of(logits, iou)
+    logits, iou, (loss, terms) = decode(Prompts(batch["coords"], batch["labels"]), rng)
 
     if corrective_points:
         coords, labels = make_room(batch["coords"], batch["labels"], corrective_points)
@@ -67,25 +68,35 @@ def objective(
             new = points(keys, predicted, truth, valid)
             coords, labels = put_point(coords, labels, first_slot + index, *new)
             key = None if rng is None else jax.random.fold_in(rng, index)
-            logits, iou = decode(Prompts(coords, labels, low_res), key)
-            return (coords, labels, jax.lax.stop_gradient(logits[:, 0])), loss_of(logits, iou)
+            logits, _, found = decode(Prompts(coords, labels, low_res), key)
+            return (coords, labels, jax.lax.stop_gradient(logits[:, 0])), found
 
         start = (coords, labels, jax.lax.stop_gradient(logits[:, 0]))
         # A scan compiles one decoder for all rounds, and needs no barriers that keep the compiler
         # from undoing the recomputation.
         body = jax.checkpoint(correct, prevent_cse=False)
-        _, later = jax.lax.scan(body, start, jnp.arange(corrective_points))
-        loss, terms = jax.tree.map(
-            lambda one, more: (one + jnp.sum(more)) / (corrective_points + 1), (loss, terms), later
-        )
+        _, (losses, later) = jax.lax.scan(body, start, jnp.arange(corrective_points))
+
+        def mean(first: Any, others: Any) -> Any:
+            return (first + jnp.sum(others)) / (corrective_points + 1)
+
+        loss = mean(loss, losses)
+        # The first round has no mask prompt, so that adapters of its layers add to later ones only.
+        terms = {k: mean(terms.get(k, 0.0), others) for k, others in later.items()}
 
     if config.multimask:
         multimask = multimask_loss(logits[:, 1:], iou[:, 1:], truth, valid, config)
         loss, terms = loss + multimask, {**terms, "multimask_loss": multimask}
-    if losses := jax.tree.leaves(added):
-        adapter_loss = jnp.sum(jnp.stack(losses))
-        loss, terms = loss + adapter_loss, {**terms, "adapter_loss": adapter_loss}
-    return loss, terms
+    return _with_added(loss, terms, added)
+
+
+def _with_added(loss: Any, terms: dict[str, Any], added: Any) -> tuple[Any, dict[str, Any]]:
+    """A loss and its terms with what adapters added to the `losses` collection in a pass."""
+    losses = jax.tree.leaves(added)
+    if not losses:
+        return loss, terms
+    more = jnp.sum(jnp.stack(losses))
+    return loss + more, {**terms, "adapter_loss": terms.get("adapter_loss", 0.0) + more}
 
 
 def valid_pixels(

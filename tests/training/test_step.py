@@ -1,18 +1,21 @@
 """The step: corrective points, what it minimises, and what it does with what is not finite."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import struct
+from flax.traverse_util import unflatten_dict
 
 from samjax import peft
 from samjax.data.prompts import ABSENT, NEGATIVE, NOT_A_POINT, POSITIVE, encode_prompt
 from samjax.models import Prompts, Sam, SamConfig, VitConfig
 from samjax.nn import Context
 from samjax.peft import DoRA, PeftSpec, Rule, Train
-from samjax.peft.delta import field
+from samjax.peft.delta import Delta, field
 from samjax.preprocess import inside, upsample
 from samjax.training.corrections import corrective_point, make_room, put_point, sample_pixel
 from samjax.training.losses import LossConfig, mask_loss, multimask_loss
@@ -284,6 +287,53 @@ def test_multimask_trains_the_hypernetwork_of_the_best_mask_only(model, variable
     gradients, terms = jax.jit(jax.grad(loss, has_aux=True))({name: head[name] for name in names})
     reached = [max(np.abs(x).max() for x in jax.tree.leaves(gradients[name])) > 0 for name in names]
     assert reached[0] and sum(reached[1:]) == 1 and terms["multimask_loss"] > 0
+
+
+@struct.dataclass
+class Costly(Delta):
+    """The site as it is, and a loss."""
+
+    cost: Any = field()  # ()
+
+    def __call__(self, site, x, ctx):
+        """The site's output; `cost` once more for a training pass."""
+        if ctx.rng is not None:
+            site.add_loss(self.cost)
+        return site(x)
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_no_site_loses_what_its_adapter_adds_to_the_loss(model, variables, rounds):
+    """Powers of two tell which were added; a round with a mask prompt is two of three."""
+    layer = ("mask_decoder", "transformer", "layers_0")
+    paths = [
+        ("image_encoder", "blocks_0", "attn", "qkv"),
+        ("image_encoder", "blocks_0", "attn"),
+        ("image_encoder", "blocks_0", "norm1"),
+        ("image_encoder", "neck_0"),
+        (*layer, "self_attn", "q_proj"),
+        (*layer, "norm1"),
+        ("prompt_encoder", "mask_downscaling_0"),
+    ]
+    records = {(*path, "delta"): Costly(cost=jnp.float32(2**i)) for i, path in enumerate(paths)}
+    inputs = {key: jnp.asarray(value) for key, value in batch().items()}
+    inputs["key"] = image_keys(jax.random.key(1), 3)
+
+    @jax.jit
+    def terms(tree):
+        both = {"params": variables["params"], "peft": tree}
+        return objective(model, both, inputs, jax.random.key(0), LOSS, rounds)
+
+    loss, parts = terms(unflatten_dict(records))
+    plain, without = terms({})
+    expected = 2**6 - 1 + 2**6 * rounds / (rounds + 1)
+    np.testing.assert_allclose(parts["adapter_loss"], expected, rtol=1e-6)
+    np.testing.assert_allclose(loss - plain, expected, rtol=1e-5)
+    assert parts.keys() - without.keys() == {"adapter_loss"}
+    grads = jax.grad(lambda tree: terms(tree)[0])(unflatten_dict(records))
+    every = np.array(jax.tree.leaves(grads))
+    np.testing.assert_allclose(np.sort(every)[1:], 1, rtol=1e-6)
+    np.testing.assert_allclose(every.sum(), 6 + rounds / (rounds + 1), rtol=1e-6)
 
 
 # What is not finite ------------------------------------------------------------------------------
