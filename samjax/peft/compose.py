@@ -9,6 +9,7 @@ refused with the reason.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,9 @@ from samjax.peft.delta import (
     is_delta,
     is_record,
 )
+from samjax.peft.dora import DoRADelta
 from samjax.peft.lora import LoRADelta
+from samjax.peft.lora_conv import LoRAConvDelta
 
 
 @struct.dataclass
@@ -60,8 +63,9 @@ class StackDelta(Additive):
 class Stack(Method):
     """Several methods at the same sites, such as LoRA beside SAM-PARSER.
 
-    Raises ValueError for fewer than two methods, NotComposable (when it is attached) where one of
-    them cannot share its site.
+    Raises ValueError for fewer than two methods, for one that is itself a Stack, and where no kind
+    of site is common to all; NotComposable (when it is attached) where one of them cannot share its
+    site.
     """
 
     methods: tuple[Method, ...]
@@ -69,12 +73,26 @@ class Stack(Method):
     def __post_init__(self) -> None:
         if len(self.methods) < 2:
             raise ValueError("a Stack needs two methods or more")
+        for method in self.methods:
+            if not isinstance(method, Method) or isinstance(method, Stack):
+                raise ValueError(f"a Stack holds methods such as LoRA, not {type(method).__name__}")
+        if not self.kinds:
+            adapt = (f"{type(m).__name__} adapts {' and '.join(m.kinds)}" for m in self.methods)
+            raise ValueError(
+                f"no kind of site is common to the methods of a Stack: {', '.join(adapt)}; give "
+                "each a rule of its own"
+            )
 
     @property
     def kinds(self) -> tuple[str, ...]:  # pyrefly: ignore[bad-override]
         """The kinds of sites that all of its methods adapt."""
         first, *others = (method.kinds for method in self.methods)
         return tuple(kind for kind in first if all(kind in other for other in others))
+
+    @property
+    def fixes_kernel(self) -> bool:  # pyrefly: ignore[bad-override]
+        """True where one of its methods does."""
+        return any(method.fixes_kernel for method in self.methods)
 
     def init(self, key: Any, site: Site, segments: tuple[str, ...]) -> StackDelta:
         """The records of all methods."""
@@ -112,8 +130,8 @@ def stack(*trees: Any) -> Any:
     site and one of them is not additive.
     """
     total: dict[str, Any] = {}
-    for number, tree in enumerate(trees):
-        tree = _renamed(tree, total.get("shared", {}), number)
+    for tree in trees:
+        tree = _renamed(tree, total.get("shared", {}))
         flat, new = (flatten_dict(t, is_leaf=lambda _, n: is_record(n)) for t in (total, tree))
         for path, record in new.items():
             meets = path in flat
@@ -130,20 +148,28 @@ def interpolate(first: Any, second: Any, weight: float) -> Any:
 def pad_rank(peft: Any, rank: int) -> Any:
     """The same adapter with LoRA factors of a larger `rank`, the added columns and rows zero.
 
-    Adapters of equal ranks are swapped without compiling anew, and go side by side. Raises
-    ValueError for a rank below an adapter's own.
+    They may lie in a stack, in DoRA or at a convolution. Adapters of equal ranks are swapped
+    without compiling anew, and go side by side. Raises ValueError for a rank below an adapter's
+    own.
     """
 
     def pad(path: str, delta: Delta) -> Delta:
-        if not isinstance(delta, LoRADelta):
+        if isinstance(delta, StackDelta):
+            return delta.replace(deltas=tuple(pad(path, part) for part in delta.deltas))
+        if isinstance(delta, DoRADelta):
+            return delta.replace(lora=pad(path, delta.lora))
+        if not isinstance(delta, LoRADelta | LoRAConvDelta):
             return delta
         more = rank - delta.a.shape[-1]
         if more < 0:
             raise ValueError(f"{path} has rank {delta.a.shape[-1]}; pad to that or more")
-        return delta.replace(  # pyrefly: ignore[missing-attribute]
-            a=jnp.pad(delta.a, ((0, 0), (0, 0), (0, more))),
-            b=jnp.pad(delta.b, ((0, 0), (0, more), (0, 0))),
-        )
+
+        def longer(factor: Any, axis: int) -> Any:
+            widths = [(0, 0)] * factor.ndim
+            widths[axis] = (0, more)
+            return jnp.pad(factor, widths)
+
+        return delta.replace(a=longer(delta.a, -1), b=longer(delta.b, -2))
 
     return _map_deltas(pad, peft)
 
@@ -204,9 +230,15 @@ def _at(path: str, function: Any, *arguments: Any) -> Any:
         raise NotComposable(f"{path}: {error}") from None
 
 
-def _renamed(tree: Any, taken: Any, number: int) -> Any:
+def _renamed(tree: Any, taken: Any) -> Any:
     """The tree with shared records under names that are not `taken`."""
-    names = {name: f"{name}_{number}" for name in tree.get("shared", {}) if name in taken}
+    own = tree.get("shared", {})
+    used, names = {*taken, *own}, {}
+    for name in own:
+        if name in taken:
+            free = (f"{name}_{number}" for number in itertools.count(1))
+            names[name] = next(new for new in free if new not in used)
+            used.add(names[name])
     if not names:
         return tree
 
@@ -215,5 +247,5 @@ def _renamed(tree: Any, taken: Any, number: int) -> Any:
             return delta.replace(deltas=tuple(rename("", part) for part in delta.deltas))
         return delta.replace(shared=names[delta.shared]) if delta.shared in names else delta
 
-    shared = {names.get(name, name): record for name, record in tree["shared"].items()}
+    shared = {names.get(name, name): record for name, record in own.items()}
     return {**_map_deltas(rename, tree), "shared": shared}

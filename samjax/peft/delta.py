@@ -85,7 +85,8 @@ class Record:
 class Delta(Record):
     """A record that computes a site's output."""
 
-    # Why the delta has no scale and cannot share its site; empty where it can.
+    # Why the delta cannot share its site; empty where it can. Where it is not, the delta has
+    # multiples only if it defines `scaled` itself.
     alone: ClassVar[str] = ""
     # The name of the record in `peft["shared"]` that it needs.
     shared: str | None = None
@@ -140,6 +141,8 @@ class Method:
 
     # The kinds of sites that it can adapt; a rule's pattern passes over all others.
     kinds: ClassVar[tuple[str, ...]] = ("dense",)
+    # True where a record holds what it derives from the kernel, which must not train beside it.
+    fixes_kernel: ClassVar[bool] = False
 
     def init(self, key: Any, site: Site, segments: tuple[str, ...]) -> Delta:
         """A record that leaves the site's output unchanged; `segments` () means the whole output.

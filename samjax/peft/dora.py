@@ -42,7 +42,7 @@ class DoRADelta(Delta):
 
     lora: Any = field()  # LoRADelta
     magnitude: Any = field(decay=False)  # (segments, out of one segment)
-    # ||W||, kept so that the gain of a new record is exactly 1.
+    # ||W||, kept so that the gain of a new record is exactly 1; W therefore never trains.
     norm: Any = field(DERIVED)  # (segments, out of one segment)
 
     def __call__(self, site: Site, x: Float[Array, "*b n"], ctx: Context) -> Float[Array, "*b m"]:
@@ -80,6 +80,9 @@ class DoRADelta(Delta):
 @dataclasses.dataclass(frozen=True)
 class DoRA(LowRank):
     """Settings of DoRA, those of LoRA: the identity at the start."""
+
+    # For `norm`.
+    fixes_kernel: ClassVar[bool] = True
 
     def init(self, key: Any, site: Site, segments: tuple[str, ...]) -> DoRADelta:
         """The record for one linear layer, or for some `segments` of a fused one."""

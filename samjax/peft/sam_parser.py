@@ -119,6 +119,7 @@ class SAMParser(Method):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("conv", "dense")
+    fixes_kernel: ClassVar[bool] = True
     train: str = "coefficients"
 
     def __post_init__(self) -> None:

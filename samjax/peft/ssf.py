@@ -8,7 +8,8 @@ kernel is its scale, since gamma * (n(x) * scale + bias) + beta has the same for
 bias (the convolutions of the neck and those before a BatchNorm) has gamma alone: beta could not be
 folded, and the norm that follows has its own.
 
-Stored are the offsets gamma - 1 and beta, so that weight decay pulls to the identity.
+Stored are the offsets gamma - 1 and beta, so that a multiple of the adapter is that of its arrays.
+Weight decay spares them.
 
 Differs from the paper: gamma starts at 1 and beta at 0, exactly, where the authors' code draws them
 from N(1, 0.02) and N(0, 0.02); no beta without a bias.

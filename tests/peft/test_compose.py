@@ -4,12 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from samjax import peft
 from samjax.hashes import params_sha256
 from samjax.models import Prompts
 from samjax.nn import Context, Site, SiteInfo
-from samjax.peft import LoRA, NotComposable, PeftSpec, Rule, Stack
+from samjax.peft import (
+    DoRA,
+    FacT,
+    LoRA,
+    LoRAConv,
+    NotComposable,
+    PeftSpec,
+    Rule,
+    Stack,
+)
 from samjax.peft.delta import Delta
 
 QV = "image_encoder/**/attn/qkv[q,v]"
@@ -197,3 +207,54 @@ def test_what_cannot_be_composed_is_refused():
         peft.stack(tree, tree)
     with pytest.raises(ValueError, match="two methods or more"):
         Stack((LoRA(),))
+    with pytest.raises(ValueError, match="LoRA adapts dense, LoRAConv adapts conv; give each"):
+        Stack((LoRA(), LoRAConv()))
+    with pytest.raises(ValueError, match="a Stack holds methods such as LoRA, not Stack"):
+        Stack((LoRA(), Stack((LoRA(), LoRA()))))
+
+
+def kernels(model, params, tree):
+    """What an adapter adds to each kernel."""
+    before, after = flatten_dict(params), flatten_dict(peft.merge(model, params, tree))
+    return {k: np.float64(after[k]) - np.float64(v) for k, v in before.items()}
+
+
+@pytest.mark.parametrize("form", ["tt", "tk"])
+def test_shared_records_keep_apart_however_stacks_nest(small_model, small_params, form):
+    a, b, c = (
+        trained(small_model, small_params, (Rule(QV, FacT(2, form)),), seed) for seed in (1, 2, 3)
+    )
+    changes = [kernels(small_model, small_params, tree) for tree in (a, b, c)]
+    blend = peft.interpolate(peft.interpolate(a, b, 0.5), peft.interpolate(c, a, 0.5), 0.5)
+    for tree, weights in (
+        (peft.stack(c, peft.stack(a, b)), (1, 1, 1)),
+        (peft.stack(peft.stack(a, b), c), (1, 1, 1)),
+        (peft.stack(peft.stack(a, b), peft.stack(b, c)), (1, 2, 1)),
+        (blend, (0.5, 0.25, 0.25)),
+    ):
+        peft.check_sites(small_model, small_params, tree)
+        for path, change in kernels(small_model, small_params, tree).items():
+            parts = (w * each[path] for w, each in zip(weights, changes, strict=True))
+            np.testing.assert_allclose(change, sum(parts), atol=1e-6)
+
+
+def test_factors_are_padded_wherever_they_lie(small_model, small_params):
+    rules = (
+        Rule("image_encoder/**/qkv[q,v]", Stack((LoRA(2), FacT(2), LoRA(3)))),
+        Rule("image_encoder/**/proj", DoRA(2)),
+        Rule("image_encoder/neck_*", LoRAConv(3)),
+    )
+    tree = trained(small_model, small_params, rules, 1)
+    padded = peft.pad_rank(tree, 4)
+    block = padded["image_encoder"]["blocks_0"]["attn"]
+    first, fact, last = block["qkv"]["delta"].deltas
+    assert first.a.shape[-1] == first.b.shape[1] == last.a.shape[-1] == last.b.shape[1] == 4
+    assert fact.slots.shape[-1] == 2
+    assert block["proj"]["delta"].lora.a.shape[-1] == 4
+    conv = padded["image_encoder"]["neck_2"]["delta"]
+    assert (conv.a.shape[-1], conv.b.shape[0]) == (4, 4)
+    changes = kernels(small_model, small_params, tree)
+    for path, change in kernels(small_model, small_params, padded).items():
+        np.testing.assert_allclose(change, changes[path], atol=1e-6)
+    with pytest.raises(ValueError, match=r"attn/qkv has rank 3; pad to that or more"):
+        peft.pad_rank(tree, 2)
