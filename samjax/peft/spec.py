@@ -16,9 +16,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import difflib
+import math
 import re
 import zlib
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -109,12 +110,19 @@ class PeftSpec:
     @staticmethod
     def from_json(data: Any) -> PeftSpec:
         """Rebuilds a spec. Raises ValueError naming what it does not know."""
+        if not isinstance(data, list):
+            raise ValueError(
+                f"not a PEFT spec: {type(data).__name__} where a list of rules should be"
+            )
         rules = []
         try:
             for entry in data:
+                if not isinstance(entry, dict):
+                    raise TypeError(f"a rule is {type(entry).__name__}, not an object")
                 options = dict(entry)
-                rules.append(Rule(options.pop("pattern"), _decode(options)))
-        except (KeyError, TypeError) as error:
+                pattern = _typed("pattern", options.pop("pattern"), str)
+                rules.append(Rule(pattern, _decode(options)))
+        except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"not a PEFT spec: {error}") from None
         return PeftSpec(tuple(rules))
 
@@ -134,18 +142,54 @@ def _encode(config: Any) -> dict[str, Any]:
 
 def _decode(data: dict[str, Any]) -> Any:
     """The inverse of `_encode`."""
-    kind = data["kind"]
+    kind = _typed("kind", data["kind"], str)
     if kind not in _KINDS:
-        nearest = difflib.get_close_matches(str(kind), _KINDS, n=1, cutoff=0.0)[0]
+        nearest = difflib.get_close_matches(kind, _KINDS, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"unknown PEFT method {kind!r}; the nearest is {nearest}, and this samjax knows "
             f"{', '.join(_KINDS)}"
         )
-    options = {k: v for k, v in data.items() if k != "kind"}
-    decoded = {
-        k: tuple(_decode(x) for x in v) if isinstance(v, list) else v for k, v in options.items()
+    cls = _KINDS[kind]
+    hints = get_type_hints(cls)
+    types = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    # What is no field, the constructor refuses.
+    options = {
+        name: _decode_methods(name, value)
+        if cls is Stack
+        else _typed(f"{name} of {kind}", value, types.get(name, Any))
+        for name, value in data.items()
+        if name != "kind"
     }
-    return _KINDS[kind](**decoded)
+    return cls(**options)
+
+
+def _decode_methods(name: str, value: Any) -> tuple[Any, ...]:
+    """The methods of a stack, none of which is a stack."""
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        raise TypeError(f"{name} of stack is {type(value).__name__}, not a list of methods")
+    for entry in value:
+        if entry.get("kind") in ("stack", "train", "freeze"):
+            raise TypeError(f"a stack holds {entry['kind']}, which is no method to stack")
+    return tuple(_decode(entry) for entry in value)
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """A value of a JSON file as a field's annotation wants it; whole numbers serve as float.
+
+    Raises TypeError for another type, and for a number that is not finite.
+    """
+    if kind is Any:
+        return value
+    kinds = get_args(kind) or (kind,)
+    given = type(value)
+    if given not in kinds and not (given is int and float in kinds):
+        wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+        raise TypeError(f"{name} is {value!r}, not {wanted}")
+    if float not in kinds or value is None:
+        return value
+    if not math.isfinite(value):
+        raise TypeError(f"{name} is {value!r}, not a finite number")
+    return float(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +201,11 @@ class Resolved:
 
 
 def resolve(spec: PeftSpec, model: Sam) -> Resolved:
-    """Matches every rule. Raises ValueError for a rule that claims nothing."""
+    """Matches every rule.
+
+    Raises ValueError for a rule that claims nothing, and for a kernel that trains where a method
+    holds what it derives from it.
+    """
     sites = {info.path: info for info in model.sites()}
     blocks = _blocks(model)
     leaves = ["/".join(path) for path in flatten_dict(model.init_params_shapes())]
@@ -172,9 +220,9 @@ def resolve(spec: PeftSpec, model: Sam) -> Resolved:
         if not matched:
             nearest = difflib.get_close_matches(path_pattern, candidates, n=1, cutoff=0.0)
             kind = f"{_kinds(rule)} site" if rule.adapts else "leaf"
+            closest = f"the closest {kind} is {nearest[0]!r}" if nearest else "it has none"
             raise ValueError(
-                f"rule {rule.pattern!r} matches no {kind} of {model.config.name}; "
-                f"the closest {kind} is {nearest[0]!r}"
+                f"rule {rule.pattern!r} matches no {kind} of {model.config.name}; {closest}"
             )
         new = [path for path in matched if path not in claims]
         if not new:
@@ -186,7 +234,21 @@ def resolve(spec: PeftSpec, model: Sam) -> Resolved:
             claims[path] = (sites[path], rule, segments) if rule.adapts else rule
             if rule.adapts:
                 _check_segments(rule, sites[path], segments)
+    _check_kernels(resolved)
     return resolved
+
+
+def _check_kernels(resolved: Resolved) -> None:
+    """Raises ValueError where a rule trains a kernel from which a record derives arrays."""
+    for path, (info, rule, _) in resolved.sites.items():
+        leaf = f"{path}/{info.kernel_name}"
+        trains = resolved.leaves.get(leaf)
+        if rule.config.fixes_kernel and trains and isinstance(trains.config, Train):
+            raise ValueError(
+                f"rule {trains.pattern!r} trains {leaf}, which rule {rule.pattern!r} "
+                f"({type(rule.config).__name__}) takes as it is; put a Freeze rule for that leaf "
+                "before it"
+            )
 
 
 def _candidates(
@@ -226,19 +288,24 @@ def attach(spec: PeftSpec, model: Sam, params: Any, key: Any) -> dict[str, Any]:
     flat = flatten_dict(params)
     peft: dict[tuple[str, ...], Any] = {}
     same_settings: dict[Method, list[tuple[SiteInfo, tuple[str, ...]]]] = {}
+    patterns: dict[Method, str] = {}
     for path, (info, rule, segments) in resolve(spec, model).sites.items():
         parts = tuple(path.split("/"))
         kernel, bias = flat.get((*parts, info.kernel_name)), flat.get((*parts, "bias"))
         site = Site(info, kernel, bias, apply=_no_apply)
         peft[(*parts, "delta")] = rule.config.init(_key(key, path), site, segments)
         same_settings.setdefault(rule.config, []).append((info, segments))
+        patterns.setdefault(rule.config, rule.pattern)
+    owners: dict[str, str] = {}
     for config, sites in same_settings.items():
         for name, record in config.init_shared(_key(key, type(config).__name__), sites).items():
             if (_SHARED, name) in peft:
                 raise ValueError(
-                    f"rules with different settings share {name!r}; give them the same settings"
+                    f"rules {owners[name]!r} and {patterns[config]!r} each make a record {name!r} "
+                    "for their sites to share, and there can be one; give both the same settings, "
+                    "with the same Stack around them if any"
                 )
-            peft[(_SHARED, name)] = record
+            peft[(_SHARED, name)], owners[name] = record, patterns[config]
     return unflatten_dict(peft)
 
 
@@ -268,15 +335,26 @@ def check_sites(model: Sam, params: Any, peft: Any) -> None:
     Linen ignores an entry of `peft` that no site reads: a misplaced record would do nothing. What
     is shared must be there, and used.
     """
-    records = deltas(peft)
-    there = set(peft.get(_SHARED, {}))
-    needed = {name: path for path, delta in records.items() for name in shared_names(delta)}
-    for name in sorted(there ^ set(needed)):
-        if name in there:
+    needed = _check_shared(peft)
+    for name in sorted(peft.get(_SHARED, {})):
+        if name not in needed:
             raise ValueError(f"no site reads the shared record {name!r}; remove it")
-        raise ValueError(f"the record at {needed[name]!r} needs the shared record {name!r}")
     shapes = jax.eval_shape(lambda: {"params": params, "peft": peft})
-    calls = collections.Counter(info.path for info in model.sites(shapes))
+    _check_calls(model, deltas(peft), model.sites(shapes))
+
+
+def _check_shared(peft: Any) -> set[str]:
+    """The names of the shared records that deltas need. Raises ValueError for one not there."""
+    needed = {name: path for path, delta in deltas(peft).items() for name in shared_names(delta)}
+    for name in sorted(needed):
+        if name not in peft.get(_SHARED, {}):
+            raise ValueError(f"the record at {needed[name]!r} needs the shared record {name!r}")
+    return set(needed)
+
+
+def _check_calls(model: Sam, records: dict[str, Delta], sites: tuple[SiteInfo, ...]) -> None:
+    """Raises ValueError for a record whose site is not called once."""
+    calls = collections.Counter(info.path for info in sites)
     for path in records:
         if calls[path] != 1:
             nearest = difflib.get_close_matches(path, list(calls), n=1, cutoff=0.0)
@@ -326,10 +404,13 @@ def merge(model: Sam, params: Any, peft: Any, ctx: Context | None = None) -> Any
     """Folds every record into its kernel: plain `params` that need no adapter.
 
     Arithmetic is float32, the result has each kernel's own dtype. Raises NotMergeable, with the
-    reason, where a record cannot be folded.
+    reason, where a record cannot be folded; ValueError where it is at no site, or lacks what it
+    shares with others.
     """
     flat = flatten_dict(params)
     infos = {info.path: info for info in model.sites()}
+    _check_shared(peft)
+    _check_calls(model, deltas(peft), model.sites())
     ctx = (ctx or Context()).replace(shared=peft.get(_SHARED))
     for path, delta in deltas(peft).items():
         parts, info = tuple(path.split("/")), infos[path]
@@ -355,6 +436,9 @@ def _split_segments(rule: Rule) -> tuple[str, tuple[str, ...]]:
 
 
 def _check_segments(rule: Rule, info: SiteInfo, segments: tuple[str, ...]) -> None:
+    if len(set(segments)) < len(segments):
+        twice = next(name for name in segments if segments.count(name) > 1)
+        raise ValueError(f"rule {rule.pattern!r} names the segment {twice!r} twice; name it once")
     known = info.segments.names if info.segments else ()
     unknown = [name for name in segments if name not in known]
     if unknown:

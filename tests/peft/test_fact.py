@@ -192,8 +192,12 @@ def test_one_record_for_each_width():
 def test_rules_with_different_settings_do_not_share(small_model, small_params):
     first = Rule("image_encoder/**/qkv[q,v]", FacT(4))
     spec = PeftSpec((first, Rule("image_encoder/**/proj", FacT(2))))
-    with pytest.raises(ValueError, match="different settings share 'fact_tt_32'"):
+    with pytest.raises(ValueError, match=r"qkv\[q,v\]' and 'image_encoder/\*\*/proj' each .*_32'"):
         peft.attach(spec, small_model, small_params, jax.random.key(0))
+    # Equal settings are not enough: a stack has factors of its own.
+    beside = Rule("image_encoder/**/proj", peft.Stack((FacT(4), peft.LoRA(2))))
+    with pytest.raises(ValueError, match=r"proj' each make .*with the same Stack around them"):
+        peft.attach(PeftSpec((first, beside)), small_model, small_params, jax.random.key(0))
     spec = PeftSpec((first, Rule("image_encoder/**/proj", FacT(2, "tk"))))
     tree = peft.attach(spec, small_model, small_params, jax.random.key(0))
     assert set(tree["shared"]) == {"fact_tt_32", "fact_tk_32"}
@@ -234,8 +238,9 @@ def test_shared_records_are_checked(adapted, small_model, small_params):
     _, tree = adapted
     peft.check_sites(small_model, small_params, tree)
     without = {key: value for key, value in tree.items() if key != "shared"}
-    with pytest.raises(ValueError, match="needs the shared record 'fact_tk_32'"):
-        peft.check_sites(small_model, small_params, without)
+    for check in (peft.check_sites, peft.merge):
+        with pytest.raises(ValueError, match="needs the shared record 'fact_tk_32'"):
+            check(small_model, small_params, without)
     unread = {**tree, "shared": {**tree["shared"], "fact_tk_64": tree["shared"]["fact_tk_32"]}}
     with pytest.raises(ValueError, match="no site reads the shared record 'fact_tk_64'"):
         peft.check_sites(small_model, small_params, unread)

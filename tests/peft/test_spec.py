@@ -6,7 +6,7 @@ import pytest
 
 from samjax import peft
 from samjax.models import MODELS, Sam
-from samjax.peft import LoRA, MethodConfig, PeftSpec, Rule, Train
+from samjax.peft import DoRA, LoRA, MethodConfig, PeftSpec, Rule, SAMParser, Stack, Train
 from samjax.peft.spec import Freeze, deltas, resolve
 
 LORA = MethodConfig().spec()
@@ -80,6 +80,43 @@ def test_unknown_segment_is_an_error(small_model):
     spec = PeftSpec((Rule("image_encoder/**/proj[q]", LoRA()),))
     with pytest.raises(ValueError, match="has no segments"):
         resolve(spec, small_model)
+    spec = PeftSpec((Rule("image_encoder/**/qkv[q,v,q]", LoRA()),))
+    with pytest.raises(ValueError, match="names the segment 'q' twice"):
+        resolve(spec, small_model)
+
+
+def test_a_method_without_a_site_in_the_model(small_model):
+    class Nowhere(LoRA):
+        kinds = ("nothing",)
+
+    with pytest.raises(ValueError, match=r"matches no nothing site of small; it has none"):
+        resolve(PeftSpec((Rule("**", Nowhere()),)), small_model)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [DoRA(2), SAMParser(), SAMParser("bases"), Stack((SAMParser(), LoRA(2)))],
+    ids=["dora", "sam_parser", "bases", "stack"],
+)
+def test_what_records_are_derived_from_does_not_train(small_model, method):
+    site = "image_encoder/blocks_0/attn/qkv"
+    adapts, trains = Rule(site, method), Rule("image_encoder/**", Train())
+    with pytest.raises(
+        ValueError, match=rf"'image_encoder/\*\*' trains {site}/kernel.*Freeze rule"
+    ):
+        resolve(PeftSpec((adapts, trains)), small_model)
+    resolve(PeftSpec((adapts, Rule(f"{site}/kernel", Freeze()), trains)), small_model)
+    resolve(PeftSpec((adapts, Rule("image_encoder/**/bias", Train()))), small_model)
+
+
+@pytest.mark.parametrize("decoder", ["all", "mask", "none"])
+def test_dora_in_a_decoder_that_trains(small_model, small_params, decoder):
+    config = MethodConfig(method="dora", targets=("q", "decoder"), decoder=decoder)
+    spec = config.spec()
+    mask = peft.trainable(spec, small_model, {"params": small_params})["params"]["mask_decoder"]
+    layer = mask["transformer"]["layers_0"]["self_attn"]["q_proj"]
+    assert layer == {"kernel": False, "bias": decoder != "none"}
+    assert PeftSpec.from_json(spec.to_json()) == spec
 
 
 def test_lora_refuses_convolutions_and_odd_settings(small_model, small_params):
@@ -116,8 +153,9 @@ def test_a_record_that_no_site_reads_is_an_error(small_model, small_params):
     tree["image_encoder"]["blocks_0"]["attn"]["qvk"] = tree["image_encoder"]["blocks_0"][
         "attn"
     ].pop("qkv")
-    with pytest.raises(ValueError, match=r"attn/qvk' is called 0 times.*attn/qkv"):
-        peft.check_sites(small_model, small_params, tree)
+    for check in (peft.check_sites, peft.merge):
+        with pytest.raises(ValueError, match=r"attn/qvk' is called 0 times.*attn/qkv"):
+            check(small_model, small_params, tree)
 
 
 def test_every_site_is_called_once(small_model):
@@ -132,3 +170,50 @@ def test_spec_survives_json():
         PeftSpec.from_json([{"pattern": "x", "kind": "dora2"}])
     with pytest.raises(ValueError, match="not a PEFT spec"):
         PeftSpec.from_json([{"pattern": "x", "kind": "lora", "ranks": 3}])
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (None, "NoneType where a list of rules"),
+        ({"pattern": "x", "kind": "lora"}, "dict where a list of rules"),
+        (["x"], "a rule is str"),
+        ([{"kind": "lora"}], "'pattern'"),
+        ([{"pattern": "x"}], "'kind'"),
+        ([{"pattern": 3, "kind": "lora"}], "pattern is 3, not str"),
+        ([{"pattern": "x", "kind": ["lora"]}], r"kind is \['lora'\], not str"),
+        ([{"pattern": "x", "kind": "lora", "rank": "4"}], "rank of lora is '4', not int"),
+        ([{"pattern": "x", "kind": "lora", "rank": 4.0}], "rank of lora is 4.0, not int"),
+        ([{"pattern": "x", "kind": "lora", "rank": True}], "rank of lora is True, not int"),
+        ([{"pattern": "x", "kind": "lora", "rank": None}], "rank of lora is None, not int"),
+        ([{"pattern": "x", "kind": "lora", "rank": [4]}], r"rank of lora is \[4\], not int"),
+        ([{"pattern": "x", "kind": "lora", "alpha": "1"}], "alpha of lora is '1', not .*or null"),
+        ([{"pattern": "x", "kind": "lora", "alpha": False}], "alpha of lora is False"),
+        ([{"pattern": "x", "kind": "lora", "alpha": float("inf")}], "not a finite number"),
+        ([{"pattern": "x", "kind": "lora", "alpha": 10**400}], "too large"),
+        ([{"pattern": "x", "kind": "lora", "rank_stabilized": 1}], "rank_stabilized of lora is 1"),
+        ([{"pattern": "x", "kind": "lora", "kinds": ["conv"]}], "kinds"),
+        ([{"pattern": "x", "kind": "train", "group": None}], "group of train is None, not str"),
+        ([{"pattern": "x", "kind": "train", "last": "2"}], "last of train is '2', not int or null"),
+        ([{"pattern": "x", "kind": "stack"}], "methods"),
+        ([{"pattern": "x", "kind": "stack", "methods": 3}], "methods of stack is int"),
+        ([{"pattern": "x", "kind": "stack", "methods": ["lora"]}], "not a list of methods"),
+        ([{"pattern": "x", "kind": "stack", "methods": [{"kind": "lora"}]}], "two methods"),
+        (
+            [{"pattern": "x", "kind": "stack", "methods": [{"kind": "lora"}, {"kind": "train"}]}],
+            "a stack holds train",
+        ),
+        (
+            [{"pattern": "x", "kind": "stack", "methods": [{"kind": "stack", "methods": []}] * 2}],
+            "a stack holds stack",
+        ),
+    ],
+)
+def test_a_spec_by_hand(data, match):
+    with pytest.raises(ValueError, match=match):
+        PeftSpec.from_json(data)
+
+
+def test_whole_numbers_serve_as_floats():
+    (rule,) = PeftSpec.from_json([{"pattern": "x", "kind": "lora", "alpha": 8}]).rules
+    assert rule.config == LoRA(alpha=8.0)
