@@ -80,12 +80,14 @@ def save(
 
     What a record derives from the base, such as singular vectors, is left out.
     `base_sha256` is `samjax.hashes.params_sha256` of the params before training. Raises
-    FileNotFoundError where the folder does not exist, ValueError for numbers that are not finite.
+    FileNotFoundError where the folder does not exist, ValueError for numbers that are not finite
+    and for records that are not those of `spec`, such as several that were composed.
     An existing file is replaced, atomically.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
+    _check_spec(path, spec, model, variables)
     trained, _ = partition(variables["params"], trainable(spec, model, variables)["params"])
     tensors = {f"params/{k}": v for k, v in _flatten(trained).items()}
     kinds = _flatten(groups(spec, model, variables)["peft"])
@@ -110,6 +112,34 @@ def save(
     with write_beside(path) as temporary:
         save_file(tensors, temporary, {_KEY: json.dumps(sealed(record), sort_keys=True)})
     return Adapter(spec, model.config, base_sha256, tensors, metadata or {}, marks)
+
+
+def _check_spec(path: Path, spec: PeftSpec, model: Sam, variables: Any) -> None:
+    """Raises ValueError for records that `load` could not put together again from the spec."""
+    have = variables["peft"]
+    want = jax.eval_shape(lambda p: attach(spec, model, p, jax.random.key(0)), variables["params"])
+    old, new = _flatten(want), _flatten(have)
+    misfit = ""
+    for key in sorted(old.keys() | new.keys()):
+        if key not in new or key not in old:
+            misfit = f"{key} is " + ("missing" if key in old else "not in its spec")
+        elif (new[key].shape, new[key].dtype) != (old[key].shape, old[key].dtype):
+            shapes = (f"{leaf.dtype}{list(leaf.shape)}" for leaf in (new[key], old[key]))
+            misfit = "{} is {}, and {} by its spec".format(key, *shapes)
+        if misfit:
+            break
+    else:
+        # Types of records, and what in them is no array.
+        ours, theirs = deltas(want), deltas(have)
+        others = (p for p in ours if jax.tree.structure(ours[p]) != jax.tree.structure(theirs[p]))
+        if jax.tree.structure(want) != jax.tree.structure(have):
+            misfit = f"{next(others, 'a record')} has other settings than in its spec"
+    if misfit:
+        raise ValueError(
+            f"{path} is not written, since the adapter is not what its spec makes: {misfit}; merge "
+            "it into the weights, or train it with such a spec (several methods at a site are a "
+            "Stack)"
+        )
 
 
 def read(path: str | Path) -> Adapter:
@@ -162,7 +192,7 @@ def read(path: str | Path) -> Adapter:
             {str(k): [float(x) for x in v] for k, v in record.get("fingerprints", {}).items()},
         )
         recorded = record["tensors_sha256"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"the header of {path} cannot be read: {shown(error, 200)}") from None
     if params_sha256(tensors) != recorded:
         raise ValueError(
@@ -228,7 +258,9 @@ def _fingerprints(peft: Any) -> dict[str, list[float]]:
 def _check_fingerprints(adapter: Adapter, peft: Any, name: str) -> None:
     for path, mark in _fingerprints(peft).items():
         told = np.array(adapter.fingerprints.get(path, []))
-        if told.shape != (len(mark),) or np.abs(told - mark).max() > _FINGERPRINT_TOLERANCE:
+        # "Not close", since NaN is neither above nor below.
+        close = told.shape == (len(mark),) and np.abs(told - mark).max() <= _FINGERPRINT_TOLERANCE
+        if not close:
             raise ValueError(
                 f"{name}: what this machine derives from the weights for {path} is not what the "
                 "adapter was trained with; merge it where it was trained, and use the result"

@@ -12,8 +12,9 @@ from safetensors.numpy import load_file, save_file
 from samjax import peft
 from samjax.hashes import params_sha256, sealed
 from samjax.models import MODELS, Sam
-from samjax.peft import MethodConfig
+from samjax.peft import MethodConfig, PeftSpec, Rule, SAMParser
 from samjax.peft import io as peft_io
+from samjax.peft.lora import LoRADelta
 
 
 @pytest.fixture
@@ -189,6 +190,74 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path, small_model, smal
         spec = MethodConfig().spec()
         peft.save(tmp_path / "a.safetensors", spec, small_model, variables, "0")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            lambda tree: peft.pad_rank(tree, 6),
+            r"delta/a is float32\[2, 32, 6\], and float32\[2, 32, 4\]",
+        ),
+        (lambda tree: peft.stack(tree, tree), r"attn/qkv/delta/a is missing"),
+        (lambda tree: peft.side_by_side([tree, tree]), r"delta/a is float32\[2, 2, 32, 4\]"),
+        (lambda tree: {}, "delta/a is missing"),
+        (
+            lambda tree: {
+                **tree,
+                "shared": {"x": tree["image_encoder"]["blocks_0"]["attn"]["qkv"]["delta"]},
+            },
+            "shared/x/a is not in its spec",
+        ),
+        (
+            lambda tree: jax.tree.map(
+                lambda d: d.replace(dropout=0.5), tree, is_leaf=lambda x: isinstance(x, LoRADelta)
+            ),
+            "image_encoder/blocks_0/attn/qkv has other settings",
+        ),
+        (lambda tree: jax.tree.map(lambda x: np.float16(x), tree), "is float16"),
+    ],
+    ids=["padded", "stacked", "side by side", "none", "another", "settings", "dtype"],
+)
+def test_what_does_not_fit_its_spec_is_not_written(
+    tmp_path, small_model, small_params, change, match
+):
+    spec = MethodConfig().spec()
+    tree = peft.attach(spec, small_model, small_params, jax.random.key(0))
+    variables = {"params": small_params, "peft": change(tree)}
+    with pytest.raises(ValueError, match=f"not written.*{match}.*merge it into the weights, or"):
+        peft.save(tmp_path / "a.safetensors", spec, small_model, variables, "0")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spec": None},
+        {"spec": [{"pattern": 1, "kind": "lora"}]},
+        {"spec": [{"pattern": "**", "kind": "lora", "rank": "4"}]},
+        {"metadata": 3},
+        {"fingerprints": {"x": [10**400]}},
+        {"fingerprints": {"x": ["y"]}},
+        {"fingerprints": [1]},
+    ],
+)
+def test_a_header_by_hand(saved, change):
+    rewrite(saved, lambda record: record.update(change))
+    with pytest.raises(ValueError, match=r"header of .* cannot be read"):
+        peft.read(saved)
+
+
+def test_a_fingerprint_that_is_no_number(tmp_path, small_model, small_params):
+    spec = PeftSpec((Rule("image_encoder/neck_0", SAMParser()),))
+    tree = peft.attach(spec, small_model, small_params, jax.random.key(0))
+    path = tmp_path / "a.safetensors"
+    variables = {"params": small_params, "peft": tree}
+    peft.save(path, spec, small_model, variables, params_sha256(small_params))
+    peft.load(path, small_model, small_params)
+    rewrite(path, lambda r: r.update(fingerprints={"image_encoder/neck_0": [float("nan")] * 8}))
+    with pytest.raises(ValueError, match="what this machine derives"):
+        peft.load(path, small_model, small_params)
 
 
 def test_no_folder_no_file(tmp_path, small_model, small_params):
