@@ -447,7 +447,8 @@ def _written(
     meta, leaf = row
     module = _their_name(meta).removesuffix(".weight")
     scales = [float(lora.scale) for lora in loras]
-    same = len(set(scales)) == 1
+    # peft's alpha is a site's, and samjax reads no alpha of 0 or below.
+    same = len(set(scales)) == 1 and scales[0] > 0
     columns, rows = [], []
     for lora, scale in zip(loras, scales, strict=True):
         for a, b in _pairs(info, lora):
@@ -485,6 +486,13 @@ def _magnitude(info: SiteInfo, delta: DoRADelta, kernel: np.ndarray) -> np.ndarr
     return np.asarray(np.where(adapted > 0, full, np.linalg.norm(kernel, axis=0)), np.float32)
 
 
+def _dropout(delta: Delta) -> float:
+    """The dropout of a site, which peft has one of: where the parts of a stack differ, none."""
+    parts = delta.deltas if isinstance(delta, StackDelta) else (delta,)
+    rates = {getattr(part, "lora", part).dropout for part in parts}
+    return rates.pop() if len(rates) == 1 else 0.0
+
+
 def _config(
     ranks: dict[str, int],
     alphas: dict[str, float],
@@ -493,7 +501,7 @@ def _config(
     dora: bool,
 ) -> dict[str, Any]:
     rank, alpha = (collections.Counter(x.values()).most_common(1)[0][0] for x in (ranks, alphas))
-    dropouts = (getattr(getattr(delta, "lora", delta), "dropout", 0.0) for delta in records)
+    dropouts = [_dropout(delta) for delta in records]
     return {
         "peft_type": "LORA",
         "task_type": None,

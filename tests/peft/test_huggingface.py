@@ -241,6 +241,33 @@ def test_rank_of_segments(tmp_path, small_model, small_params):
     assert np.array_equal(zero, [[False, True], [True, True], [True, False]])
 
 
+@pytest.mark.parametrize("factor", [-0.5, 0.0])
+def test_a_scale_that_alpha_cannot_say(tmp_path, small_model, small_params, factor):
+    rules = (
+        Rule("image_encoder/**/qkv[q,v]", LoRA(2, 5.0)),
+        Rule("image_encoder/neck_0", LoRAConv(2)),
+    )
+    spec = PeftSpec(rules)
+    variables = draw(spec, small_model, small_params)
+    variables["peft"] = peft_lib.scale(variables["peft"], factor)
+    huggingface.save(tmp_path / "folder", spec, small_model, variables)
+    _, back = huggingface.load(tmp_path / "folder", small_model, small_params)
+    merged = [
+        peft_lib.merge(small_model, small_params, tree)
+        for tree in (variables["peft"], back["peft"])
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *merged)
+
+
+@pytest.mark.parametrize(("rates", "expected"), [((0.1, 0.1), 0.1), ((0.1, 0.2), 0.0)])
+def test_dropout_of_a_stack(tmp_path, small_model, small_params, rates, expected):
+    stack = Stack(tuple(LoRA(2, dropout=rate) for rate in rates))
+    spec = PeftSpec((Rule("image_encoder/**/qkv[v]", stack),))
+    variables = draw(spec, small_model, small_params)
+    record = huggingface.save(tmp_path / "folder", spec, small_model, variables)
+    assert record["lora_dropout"] == expected
+
+
 @pytest.mark.parametrize(
     ("rules", "match"),
     [
