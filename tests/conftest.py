@@ -28,6 +28,20 @@ REPO = Path(__file__).resolve().parent.parent
 ASSETS = Path(os.environ.get("SAMJAX_TEST_ASSETS", REPO / "../shared"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What workers of pytest-xdist take at a time: a file; of the laws, a method in a model.
+
+    Fixtures and what JAX compiled are a worker's own, and tests of a group share them.
+    """
+    for item in items:
+        group = str(item.path)
+        if callspec := getattr(item, "callspec", None):
+            case = (callspec.params.get(name) for name in ("model_and_params", "case"))
+            group += "".join(f" {name}" for name in case if name)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def asset():
     """`asset(name)` is the path of a file that is not in the repository; skips without it."""
