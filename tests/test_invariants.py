@@ -6,6 +6,9 @@ share compiled functions where they can.
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -225,15 +228,19 @@ def test_save_and_load_are_bit_equal(case, tmp_path):
         peft.load(file, case.model, other)
 
 
-def encoder_gradients(case: Case, **changes: Any):
-    """The embedding, a loss of it and the loss's gradient, with dropout and noise."""
+def encoder_gradients(case: Case, sharding: Any = None, **changes: Any):
+    """The embedding, a loss of it and the loss's gradient, with dropout and noise.
+
+    Two images; where there are several devices eight, spread by `sharding`.
+    """
+    changes |= {} if sharding is None else {"sharding": sharding}
     if (known := case.known.get(str(changes))) is not None:
         return known
-    model = case.model.clone(**changes)
+    model = case.model.clone(**{k: v for k, v in changes.items() if k != "sharding"})
     assert model.sites() == case.model.sites()
     trained, frozen = peft.partition(case.moved, peft.trainable(case.spec, case.model, case.moved))
-    inputs = batch()
-    images, sizes = jnp.asarray(inputs["image"]), jnp.asarray(inputs["input_size"])
+    inputs = batch(2 if jax.device_count() == 1 else 8)
+    images, sizes = (jax.device_put(inputs[name], sharding) for name in ("image", "input_size"))
 
     def loss(trained, frozen):
         variables = peft.combine(trained, frozen)
@@ -249,6 +256,28 @@ def encoder_gradients(case: Case, **changes: Any):
     )
     case.known[str(changes)] = np.float32(embedding), value, grads
     return case.known[str(changes)]
+
+
+@pytest.mark.slow
+def test_eight_devices_give_what_one_gives(case):
+    """Images spread over devices that are not there: processes of their own, one for all cases."""
+    if jax.device_count() == 1:
+        pytest.skip("run by test_laws_on_eight_devices")
+    expected = encoder_gradients(case)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    actual = encoder_gradients(case, sharding=spread)
+    for one, other in zip(*map(jax.tree.leaves, (expected, actual)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * max(np.abs(one).max(), 1e-6))
+
+
+@pytest.mark.slow
+def test_laws_on_eight_devices():
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    command = [sys.executable, "-m", "pytest", "-m", "slow", "-k", "eight_devices_give", __file__]
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-3000:]
 
 
 def gradient_checkpointing_changes_nothing(case: Case) -> None:
@@ -267,8 +296,8 @@ def bfloat16_stays_finite_and_near(case: Case) -> None:
     assert np.sqrt(np.mean((embedding - expected) ** 2)) < 0.03 * expected.std()
 
 
-# These compile a gradient, and what they are about is the same in both encoders: in TinyViT, of most
-# methods they are slow tests.
+# These compile a gradient, and what they are about is the same in both encoders: in TinyViT they
+# are slow tests of most methods.
 GRADIENT_LAWS = (
     training_moves_what_trains_alone,
     gradient_checkpointing_changes_nothing,
