@@ -212,7 +212,7 @@ def apply(adapter: Adapter, model: Sam, params: Any, name: str = "the adapter") 
     if base != adapter.base_sha256:
         raise ValueError(
             f"{name} was trained on other weights (sha256 {adapter.base_sha256[:12]}…, these are "
-            f"{base[:12]}…); pass the weights that it was trained on"
+            f"{base[:12]}…); pass the weights that it was trained on, before any merge"
         )
     try:
         shapes = jax.eval_shape(lambda p: attach(adapter.spec, model, p, jax.random.key(0)), params)

@@ -27,6 +27,8 @@ def test_merged_weights_predict_as_the_adapter(
     assert np.abs(logits[1] - logits[0]).max() <= 1e-3 * logits[0].std()
     assert np.abs(logits[2] - logits[0]).max() > 1e-3 * logits[0].std()
     assert_refused(call("merge", tmp_path / "merged", *merged), "exists already")
+    twice = ("merge", tmp_path / "twice", "--weights", tmp_path / "merged", *adapter)
+    assert_refused(call(*twice), "pass the weights that it was trained on, before any merge")
 
     meta = tmp_path / "merged.safetensors"
     result = call("merge", meta, *merged, "--to", "meta", "--no-verify", "--json")
