@@ -184,8 +184,8 @@ def train(
     sources = open_sources(config, console)
     model, variables = open_model(config)
     params = variables["params"]
-    console.print(f"{model.config.name} at {model.config.frame} px, {config.weights}")
     report = peft_lib.report(spec, model)
+    console.print(f"{model.config.name} at {model.config.frame} px, {config.weights}")
     console.print(str(report))
     *counts, last = (f"{len(source)} {_KINDS[name]}" for name, source in sources.items())
     console.print(f"{', '.join(counts)} and {last} images, {config.data}")
