@@ -22,7 +22,7 @@ from samjax.models import Prompts, Sam
 from samjax.nn import Context
 from samjax.peft import MethodConfig
 from samjax.peft.delta import UNTRAINED
-from samjax.peft.spec import deltas
+from samjax.peft.trees import deltas
 from samjax.training.step import (
     OptimizerConfig,
     init_state,

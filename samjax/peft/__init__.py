@@ -13,20 +13,9 @@ from samjax.peft.lora_conv import LoRAConv
 from samjax.peft.recipes import RECIPES, MethodConfig
 from samjax.peft.report import Report, report
 from samjax.peft.sam_parser import SAMParser
-from samjax.peft.spec import (
-    Freeze,
-    PeftSpec,
-    Rule,
-    Train,
-    attach,
-    check_sites,
-    combine,
-    groups,
-    merge,
-    partition,
-    trainable,
-)
+from samjax.peft.spec import Freeze, PeftSpec, Rule, Train
 from samjax.peft.ssf import SSF
+from samjax.peft.trees import attach, check_sites, combine, groups, merge, partition, trainable
 from samjax.peft.verify import verify_merge
 
 __all__ = [

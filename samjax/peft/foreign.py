@@ -17,7 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from samjax.models.sam import Sam
 from samjax.nn import BUFFERS, SiteInfo
 from samjax.peft.delta import Method
-from samjax.peft.spec import PeftSpec, Rule, Train, attach
+from samjax.peft.spec import PeftSpec, Rule, Train
+from samjax.peft.trees import attach
 from weights_convert import expected_shapes
 from weights_convert.errors import shown
 from weights_convert.table import Leaf, from_samjax

@@ -24,16 +24,9 @@ from samjax.models.configs import SamConfig, is_of_before
 from samjax.models.sam import Sam
 from samjax.peft.delta import DERIVED
 from samjax.peft.report import report
-from samjax.peft.spec import (
-    PeftSpec,
-    attach,
-    check_sites,
-    deltas,
-    groups,
-    partition,
-    resolve,
-    trainable,
-)
+from samjax.peft.resolve import resolve
+from samjax.peft.spec import PeftSpec
+from samjax.peft.trees import attach, check_sites, deltas, groups, partition, trainable
 from weights_convert.errors import shown
 
 SCHEMA = 1

@@ -11,7 +11,9 @@ from flax.traverse_util import flatten_dict
 from samjax.models.sam import Sam
 from samjax.nn import BUFFERS
 from samjax.peft.delta import FROZEN, UNTRAINED
-from samjax.peft.spec import PeftSpec, attach, deltas, groups, resolve
+from samjax.peft.resolve import resolve
+from samjax.peft.spec import PeftSpec
+from samjax.peft.trees import attach, deltas, groups
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Int
 from samjax.models import Sam
 from samjax.peft.delta import UNTRAINED, is_record
 from samjax.peft.recipes import DECODER_LEARNING_RATE
-from samjax.peft.spec import combine
+from samjax.peft.trees import combine
 from samjax.training.losses import LossConfig
 from samjax.training.objective import objective
 

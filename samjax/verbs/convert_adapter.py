@@ -45,7 +45,7 @@ class ConvertAdapter:
         from samjax.hashes import params_sha256
         from samjax.loading import load, load_adapted
         from samjax.peft import huggingface, samed
-        from samjax.peft.spec import resolve
+        from samjax.peft.resolve import resolve
 
         if self.dst.exists() or self.dst.is_symlink():
             raise FileExistsError(f"{self.dst} exists already; delete it or choose another name")

@@ -11,7 +11,7 @@ from samjax import peft
 from samjax.models import MODELS, Sam
 from samjax.nn import Context, Site, SiteInfo
 from samjax.peft import AdaptFormer, MethodConfig, PeftSpec, Rule
-from samjax.peft.spec import resolve
+from samjax.peft.resolve import resolve
 
 RNG = np.random.default_rng(1)
 SITE = Site(SiteInfo("b/mlp", "branch", (16,), use_bias=False), None, None, lambda x, *_: 3 * x - 1)

@@ -10,7 +10,7 @@ from samjax import peft
 from samjax.models import MODELS, Sam
 from samjax.nn import Context, Conv, Site, SiteInfo
 from samjax.peft import LoRA, LoRAConv, MethodConfig
-from samjax.peft.spec import resolve
+from samjax.peft.resolve import resolve
 
 RNG = np.random.default_rng(3)
 # Kernel size and stride: TinyViT's 1x1 and 3x3 of stride 1 and 2, and a patch embedding.

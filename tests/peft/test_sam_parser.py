@@ -10,7 +10,7 @@ from samjax.hashes import params_sha256
 from samjax.models import MODELS, Sam
 from samjax.nn import Context, Conv, Dense, Site, SiteInfo
 from samjax.peft import RECIPES, LoRA, MethodConfig, PeftSpec, Rule, SAMParser, Stack, sam_parser
-from samjax.peft.spec import deltas
+from samjax.peft.trees import deltas
 
 RNG = np.random.default_rng(2)
 SHAPES = {

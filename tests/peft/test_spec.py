@@ -7,7 +7,9 @@ import pytest
 from samjax import peft
 from samjax.models import MODELS, Sam
 from samjax.peft import DoRA, LoRA, MethodConfig, PeftSpec, Rule, SAMParser, Stack, Train
-from samjax.peft.spec import Freeze, deltas, resolve
+from samjax.peft.resolve import resolve
+from samjax.peft.spec import Freeze
+from samjax.peft.trees import deltas
 
 LORA = MethodConfig().spec()
 

@@ -9,7 +9,7 @@ from samjax import peft
 from samjax.models import MODELS, Sam, tiny_vit
 from samjax.nn import BatchNorm, Context, Conv, Dense, LayerNorm, Segments, Site, record_sites
 from samjax.peft import SSF, LoRA, MethodConfig, PeftSpec, Rule
-from samjax.peft.spec import deltas
+from samjax.peft.trees import deltas
 
 RNG = np.random.default_rng(1)
 HEADS = Segments(("q", "k", "v"), "heads", 2)
