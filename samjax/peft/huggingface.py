@@ -36,7 +36,8 @@ from samjax.peft.dora import DoRA, DoRADelta
 from samjax.peft.foreign import Adapted, assemble, check_factors, meta_names, trained_leaves
 from samjax.peft.lora import LoRA, LoRADelta, LowRank
 from samjax.peft.lora_conv import LoRAConv, LoRAConvDelta
-from samjax.peft.spec import PeftSpec, deltas, merge, trainable
+from samjax.peft.spec import PeftSpec
+from samjax.peft.trees import deltas, merge, trainable
 from weights_convert import CheckpointError, read_tensors
 from weights_convert.errors import listed, shown, told
 from weights_convert.huggingface import TIED, from_meta_names, to_meta_names
