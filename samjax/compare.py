@@ -1,40 +1,30 @@
 """Several methods at one budget: a run of each with each seed, and one table of them all.
 
-The folder of a comparison holds the run folders LABEL/seed_SEED, and, rewritten after each run,
-
-compare.md    the table of the methods, and of the runs
-compare.csv   one row a run
-compare.json  both
-compare.png   Dice over the numbers that train
+The folder of a comparison holds the run folders LABEL/seed_SEED, and the files of
+`samjax.comparison`, rewritten after each run.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import importlib.util
 import re
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from samjax import peft as peft_lib
+from samjax.comparison import Comparison, Row, write
 from samjax.config import Config
-from samjax.files import check_writable, read_record, write_beside, write_json, writing
+from samjax.files import check_writable, read_record, writing
 from samjax.lock import check_free, run_lock
 from samjax.method_text import with_method
 from samjax.peft.recipes import RECIPES
 from samjax.run import BEFORE, changed_setting, check_out, open_model, open_sources, train
 from samjax.terminal import Interrupted
-from samjax.training.memory import gigabytes
 
 _SUMMARY = "summary.json"
-_BASELINE = "before training"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,176 +44,6 @@ class Run:
     def finished(self) -> bool:
         """Whether nothing is left to do."""
         return (self.out / _SUMMARY).is_file()
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What is known of a run; None is what is not, or not yet."""
-
-    method: str
-    seed: int
-    run: str
-    state: Literal["finished", "failed", "waiting"]
-    error: str | None = None
-    learning_rate: float | None = None  # of what the method trains
-    decoder_learning_rate: float | None = None  # None where the decoder does not train
-    trainable: int | None = None  # numbers
-    dice_before: float | None = None
-    iou_before: float | None = None
-    dice: float | None = None
-    iou: float | None = None
-    steps: int | None = None
-    steps_per_second: float | None = None  # by the median
-    step_bytes: int | None = None
-    step_bytes_from: str | None = None  # compiler or estimate
-    adapter_file_bytes: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """A mean over seeds, and the sample's standard deviation where there are several."""
-
-    mean: float
-    deviation: float | None
-
-    def __str__(self) -> str:
-        """Four decimals, as metrics have them."""
-        deviation = "" if self.deviation is None else f" ± {self.deviation:.4f}"
-        return f"{self.mean:.4f}{deviation}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """A method over its finished runs."""
-
-    method: str
-    seeds: tuple[int, ...]  # of the finished runs
-    failed: tuple[int, ...]  # seeds
-    learning_rate: float | None
-    trainable: int | None
-    dice: Spread | None
-    iou: Spread | None
-    steps_per_second: float | None = None
-    step_bytes: int | None = None
-    step_bytes_from: str | None = None
-    adapter_file_bytes: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """The runs of a comparison as they are at some moment."""
-
-    config: Config  # the experiment's: what the runs have in common
-    rows: tuple[Row, ...]
-    summaries: tuple[dict[str, Any], ...]  # of the finished runs
-
-    @property
-    def errors(self) -> int:
-        """How many runs failed."""
-        return sum(row.state == "failed" for row in self.rows)
-
-    def lines(self) -> list[Line]:
-        """The baseline, where it is known, and then a line for each method."""
-        rows = {row.seed: row for row in self.rows if row.dice_before is not None}
-        baseline = Line(
-            method=_BASELINE,
-            seeds=tuple(rows),
-            failed=(),
-            learning_rate=None,
-            trainable=0,
-            dice=_spread([row.dice_before for row in rows.values()]),
-            iou=_spread([row.iou_before for row in rows.values()]),
-        )
-        methods = dict.fromkeys(row.method for row in self.rows)
-        return [baseline] * bool(rows) + [self._line(method) for method in methods]
-
-    def _line(self, method: str) -> Line:
-        rows = [row for row in self.rows if row.method == method]
-        done = [row for row in rows if row.state == "finished"]
-        speeds = _spread([row.steps_per_second for row in done])
-        largest = max(done, key=lambda row: row.step_bytes or 0, default=None)
-        return Line(
-            method=method,
-            seeds=tuple(row.seed for row in done),
-            failed=tuple(row.seed for row in rows if row.state == "failed"),
-            learning_rate=rows[0].learning_rate,
-            trainable=done[0].trainable if done else None,
-            dice=_spread([row.dice for row in done]),
-            iou=_spread([row.iou for row in done]),
-            steps_per_second=speeds and speeds.mean,
-            step_bytes=largest and largest.step_bytes,
-            step_bytes_from=largest and largest.step_bytes_from,
-            adapter_file_bytes=max((row.adapter_file_bytes or 0 for row in done), default=None),
-        )
-
-    def budget(self) -> str:
-        """What the runs have in common, in one line."""
-        config = self.config
-        steps = _said(str(s["steps"]) for s in self.summaries) or config.steps
-        size = _said("x".join(map(str, s["input_size"])) for s in self.summaries)
-        seeds = _said(str(row.seed) for row in self.rows)
-        decoder = (row.decoder_learning_rate for row in self.rows)
-        rates = _said(f"{rate:g}" for rate in decoder if rate is not None)
-        parts = [
-            f"{steps} steps" if steps else f"{config.epochs:g} epochs",
-            f"batch {config.batch_size}",
-            f"{size or 'unknown'} px",
-            f"weights {config.weights}",
-            f"data {config.data} (where it has no splits of its own, split seed "
-            f"{config.split_seed} draws them)",
-            *([f"mask decoder at learning rate {rates}"] if rates else []),
-            f"evaluated with prompt {config.evaluation_prompt}",
-            f"device {_said(s['device'] for s in self.summaries) or 'unknown'}",
-            f"date {_said(s['date'] for s in self.summaries) or 'unknown'}",
-            f"seeds {seeds} (mean ± sample standard deviation over those that a method has)",
-        ]
-        return "Budget: " + ", ".join(parts)
-
-    def to_json(self) -> dict[str, Any]:
-        """What compare.json holds."""
-        return {
-            "budget": self.budget(),
-            "methods": [dataclasses.asdict(line) for line in self.lines()],
-            "runs": [dataclasses.asdict(row) for row in self.rows],
-            "errors": self.errors,
-        }
-
-    def print(self, console: Console) -> None:
-        """Prints the methods, the budget and what failed."""
-        table = Table(box=box.SIMPLE)
-        for i, name in enumerate(_COLUMNS):
-            table.add_column(name, justify="right" if i else "left", overflow="fold")
-        for line in self.lines():
-            table.add_row(*_cells(line))
-        # As wide as it needs to be: what is no terminal counts as a narrow one.
-        table.width = console.measure(table, options=console.options.update(width=200)).maximum
-        console.print(table, crop=False)
-        for text in (self.budget(), *self._failures()):
-            console.print(text)
-
-    def _failures(self) -> list[str]:
-        return [
-            f"Failed: {row.method}, seed {row.seed}: {row.error}"
-            for row in self.rows
-            if row.state == "failed"
-        ]
-
-    def markdown(self) -> str:
-        """The methods, the budget, what failed, and the runs."""
-        methods = _markdown(_COLUMNS, [_cells(line) for line in self.lines()])
-        runs = [
-            [row.method, str(row.seed), row.state, *(_number(v) for v in _metrics(row))]
-            for row in self.rows
-        ]
-        names = ["method", "seed", "run", "Dice before", "IoU before", "Dice", "IoU", "steps/s"]
-        parts = [methods, self.budget(), *self._failures(), _markdown(names, runs)]
-        return "\n\n".join(parts) + "\n"
-
-
-_COLUMNS = (
-    *("method", "learning rate", "trainable numbers", "seeds", "Dice", "IoU"),
-    *("steps/s", "memory of a step", "adapter file"),
-)
 
 
 def plan(config: Config, methods: Sequence[str], seeds: Sequence[int], out: Path) -> list[Run]:
@@ -321,7 +141,7 @@ def compare(
         # By the first seed the methods stand as they were asked for, whichever command did.
         shown = sorted((*earlier, *runs), key=lambda run: run.config.seed)
         comparison = _gather(shown, failures)
-        _write(comparison, out, plots)
+        write(comparison, out, plots)
         for i, run in enumerate(runs):
             if run.finished:
                 continue
@@ -337,7 +157,7 @@ def compare(
                 failures[run.out] = " ".join(str(error).split()) or type(error).__name__
                 console.print(f"failed: {failures[run.out]}")
             comparison = _gather(shown, failures)
-            _write(comparison, out, plots)
+            write(comparison, out, plots)
         return comparison
 
 
@@ -397,90 +217,3 @@ def _gather(runs: Sequence[Run], failures: dict[Path, str]) -> Comparison:
             )
         rows.append(row)
     return Comparison(runs[0].config, tuple(rows), tuple(summaries))
-
-
-def _write(comparison: Comparison, out: Path, plots: bool) -> None:
-    write_json(out / "compare.json", comparison.to_json())
-    with write_beside(out / "compare.md") as temporary:
-        temporary.write_text(comparison.markdown(), encoding="utf-8")
-    with (
-        write_beside(out / "compare.csv") as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in comparison.rows)
-    if plots and comparison.summaries:
-        with write_beside(out / "compare.png") as temporary:
-            _plot(comparison, temporary)
-
-
-def _plot(comparison: Comparison, path: Path) -> None:
-    """Dice over the numbers that train, a point a method; matplotlib's figures draw with Agg."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
-
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.set(xscale="log", xlabel="trainable numbers", ylabel="Dice (test)")
-    axes.grid(alpha=0.3)
-    counts = []
-    for i, line in enumerate(comparison.lines()):
-        if line.dice is None:
-            continue
-        if not line.trainable:
-            axes.axhline(line.dice.mean, color="grey", linestyle="--", label=line.method)
-            continue
-        counts.append(line.trainable)
-        style: dict[str, Any] = {"fmt": "osD^v"[i // 10 % 5], "color": f"C{i % 10}", "capsize": 4}
-        axes.errorbar(
-            line.trainable, line.dice.mean, line.dice.deviation, label=line.method, **style
-        )
-    if counts and max(counts) < 10 * min(counts):  # too few powers of ten to tell them apart
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    # Not beside the points: methods with the same decoder are near each other.
-    figure.legend(loc="outside right upper", frameon=False)
-    figure.savefig(path, format="png", dpi=150)
-
-
-def _spread(values: Sequence[float | None]) -> Spread | None:
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
-
-
-def _cells(line: Line) -> list[str]:
-    failed = f" (failed: seed {', '.join(map(str, line.failed))})" if line.failed else ""
-    memory = "" if line.step_bytes is None else gigabytes(line.step_bytes)
-    return [
-        line.method + failed,
-        "" if line.learning_rate is None else f"{line.learning_rate:g}",
-        "" if line.trainable is None else f"{line.trainable:,}",
-        ", ".join(map(str, line.seeds)),
-        str(line.dice or ("failed" if line.failed else "")),
-        str(line.iou or ("failed" if line.failed else "")),
-        "" if line.steps_per_second is None else f"{line.steps_per_second:.3g}",
-        memory + (" (estimate)" if line.step_bytes_from == "estimate" else ""),
-        "" if not line.adapter_file_bytes else f"{line.adapter_file_bytes / 1e6:.2f} MB",
-    ]
-
-
-def _metrics(row: Row) -> tuple[float | None, ...]:
-    return row.dice_before, row.iou_before, row.dice, row.iou, row.steps_per_second
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
-def _markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *("--:" for _ in names[1:])]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (names, rule, *rows))
-
-
-def _said(values: Any) -> str:
-    """The different values, in order; one where all agree."""
-    return ", ".join(dict.fromkeys(values))

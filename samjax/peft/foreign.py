@@ -1,6 +1,6 @@
 """What other libraries' adapters have in common: how they become a spec and trees of samjax's.
 
-`samjax.peft.huggingface` reads and writes peft's folders, `samjax.peft.samed` reads SAMed's files.
+`samjax.peft.huggingface` reads peft's folders, `samjax.peft.samed` SAMed's files.
 """
 
 from __future__ import annotations

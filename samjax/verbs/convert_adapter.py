@@ -44,7 +44,7 @@ class ConvertAdapter:
         from samjax.files import check_parent
         from samjax.hashes import params_sha256
         from samjax.loading import load, load_adapted
-        from samjax.peft import huggingface, samed
+        from samjax.peft import huggingface, samed, to_huggingface
         from samjax.peft.resolve import resolve
 
         if self.dst.exists() or self.dst.is_symlink():
@@ -83,7 +83,7 @@ class ConvertAdapter:
             metadata = {"method": f"{kind}'s adapter", "converted_from": kind}
             peft.save(self.dst, spec, model, variables, base, metadata)
         else:
-            huggingface.save(self.dst, spec, model, variables)
+            to_huggingface.save(self.dst, spec, model, variables)
             _tell_size(model, console)
         if kind == "SAMed":
             console.print(

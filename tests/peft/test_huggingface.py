@@ -14,7 +14,18 @@ from flax.traverse_util import flatten_dict
 from samjax import peft as peft_lib
 from samjax.hashes import params_sha256
 from samjax.models import MODELS, Prompts, Sam, TinyVitConfig
-from samjax.peft import DoRA, Freeze, LoRA, LoRAConv, PeftSpec, Rule, Stack, Train, huggingface
+from samjax.peft import (
+    DoRA,
+    Freeze,
+    LoRA,
+    LoRAConv,
+    PeftSpec,
+    Rule,
+    Stack,
+    Train,
+    huggingface,
+    to_huggingface,
+)
 from samjax.preprocess import normalize, prepare_image
 from samjax.weights import write_weights
 
@@ -215,7 +226,7 @@ def test_peft_loads_what_is_saved(
 ):
     spec = PeftSpec(tuple(SPECS[case]))
     variables = draw(spec, small_model, small_params)
-    huggingface.save(tmp_path / "folder", spec, small_model, variables)
+    to_huggingface.save(tmp_path / "folder", spec, small_model, variables)
     model = library.PeftModel.from_pretrained(theirs(), tmp_path / "folder").eval()
     differences = compare(variables, model)
     assert max(differences) < BOUND, differences
@@ -230,7 +241,7 @@ def test_peft_loads_what_is_saved(
 
 def test_rank_of_segments(tmp_path, small_model, small_params):
     spec = PeftSpec(tuple(SPECS["q and v"]))
-    record = huggingface.save(
+    record = to_huggingface.save(
         tmp_path / "folder", spec, small_model, draw(spec, small_model, small_params)
     )
     assert record["r"] == 6 and record["lora_alpha"] == pytest.approx(10)
@@ -250,7 +261,7 @@ def test_a_scale_that_alpha_cannot_say(tmp_path, small_model, small_params, fact
     spec = PeftSpec(rules)
     variables = draw(spec, small_model, small_params)
     variables["peft"] = peft_lib.scale(variables["peft"], factor)
-    huggingface.save(tmp_path / "folder", spec, small_model, variables)
+    to_huggingface.save(tmp_path / "folder", spec, small_model, variables)
     _, back = huggingface.load(tmp_path / "folder", small_model, small_params)
     merged = [
         peft_lib.merge(small_model, small_params, tree)
@@ -264,7 +275,7 @@ def test_dropout_of_a_stack(tmp_path, small_model, small_params, rates, expected
     stack = Stack(tuple(LoRA(2, dropout=rate) for rate in rates))
     spec = PeftSpec((Rule("image_encoder/**/qkv[v]", stack),))
     variables = draw(spec, small_model, small_params)
-    record = huggingface.save(tmp_path / "folder", spec, small_model, variables)
+    record = to_huggingface.save(tmp_path / "folder", spec, small_model, variables)
     assert record["lora_dropout"] == expected
 
 
@@ -289,7 +300,7 @@ def test_dropout_of_a_stack(tmp_path, small_model, small_params, rates, expected
 def test_what_peft_cannot_say(tmp_path, small_model, small_params, rules, match):
     spec = PeftSpec(tuple(rules))
     with pytest.raises(ValueError, match=match) as info:
-        huggingface.save(
+        to_huggingface.save(
             tmp_path / "folder", spec, small_model, draw(spec, small_model, small_params)
         )
     assert "samjax merge" in str(info.value)
@@ -299,10 +310,10 @@ def test_what_peft_cannot_say(tmp_path, small_model, small_params, rules, match)
 def test_where_it_cannot_be_saved(tmp_path, small_model):
     tiny = Sam(dataclasses.replace(MODELS["vit_t"], name="tiny"))
     with pytest.raises(ValueError, match="no class for tiny, whose image encoder is a TinyViT"):
-        huggingface.save(tmp_path / "folder", PeftSpec(()), tiny, {})
+        to_huggingface.save(tmp_path / "folder", PeftSpec(()), tiny, {})
     (tmp_path / "used").mkdir()
     with pytest.raises(FileExistsError, match="exists already"):
-        huggingface.save(tmp_path / "used", PeftSpec(()), small_model, {})
+        to_huggingface.save(tmp_path / "used", PeftSpec(()), small_model, {})
 
 
 @pytest.fixture

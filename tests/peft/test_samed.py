@@ -11,7 +11,7 @@ import pytest
 from samjax import peft as peft_lib
 from samjax.hashes import params_sha256
 from samjax.models import MODELS, Prompts, Sam
-from samjax.peft import LoRA, PeftSpec, Rule, Train, huggingface, samed
+from samjax.peft import LoRA, PeftSpec, Rule, Train, huggingface, samed, to_huggingface
 
 RANK = 3
 
@@ -103,7 +103,7 @@ def test_samed_computes_the_same(adapted, saved, tmp_path, small_model, small_pa
     params, records = peft_lib.load(file, small_model, small_params)
     jax.tree.map(np.testing.assert_array_equal, {"params": params, "peft": records}, variables)
     # And on to peft.
-    huggingface.save(tmp_path / "folder", spec, small_model, variables)
+    to_huggingface.save(tmp_path / "folder", spec, small_model, variables)
     _, again = huggingface.load(tmp_path / "folder", small_model, small_params)
     jax.tree.map(np.testing.assert_array_equal, again["params"], variables["params"])
 
