@@ -6,7 +6,7 @@ import pytest
 
 from samjax import peft
 from samjax.models import MODELS, Sam
-from samjax.peft import DoRA, LoRA, MethodConfig, PeftSpec, Rule, SAMParser, Stack, Train
+from samjax.peft import RECIPES, DoRA, LoRA, MethodConfig, PeftSpec, Rule, SAMParser, Stack, Train
 from samjax.peft.resolve import resolve
 from samjax.peft.spec import Freeze
 from samjax.peft.trees import deltas
@@ -130,13 +130,13 @@ def test_lora_refuses_convolutions_and_odd_settings(small_model, small_params):
             LoRA(**bad)
     for bad in (
         {"method": "loar"},
-        {"targets": ("x",)},
         {"method": "decoder", "decoder": "none"},
         {"method": "decoder", "rank": 4},
-        {"decoder": "some"},
     ):
         with pytest.raises(ValueError):
             MethodConfig(**bad).spec()
+    with pytest.raises(ValueError, match="targets must name some of qkv, q, k, v, proj, mlp"):
+        RECIPES["lora"].rules(targets=("x",))
 
 
 def test_keys_depend_on_the_path_alone(small_model, small_params):
