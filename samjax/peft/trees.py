@@ -161,12 +161,12 @@ def merge(model: Sam, params: Any, peft: Any, ctx: Context | None = None) -> Any
     reason, where a record cannot be folded; ValueError where it is at no site, or lacks what it
     shares with others.
     """
-    flat = flatten_dict(params)
-    infos = {info.path: info for info in model.sites()}
+    flat, sites, records = flatten_dict(params), model.sites(), deltas(peft)
+    infos = {info.path: info for info in sites}
     _check_shared(peft)
-    _check_calls(model, deltas(peft), model.sites())
+    _check_calls(model, records, sites)
     ctx = (ctx or Context()).replace(shared=peft.get(_SHARED))
-    for path, delta in deltas(peft).items():
+    for path, delta in records.items():
         parts, info = tuple(path.split("/")), infos[path]
         names = (*parts, info.kernel_name), (*parts, "bias")
         olds = tuple(flat.get(name) for name in names)
