@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from samjax.nn import Context, Site, SiteInfo
 from samjax.peft.delta import BUFFER, Additive, Method, NotMergeable, field, static
 from samjax.peft.houlsby import affine, bottleneck_layers, check_bottleneck
-from samjax.peft.lora import drop
+from samjax.peft.lora import check_dropout, drop
 
 # torch's default, which the authors' LayerNorm has.
 _EPSILON = 1e-5
@@ -82,8 +82,7 @@ class AdaptFormer(Method):
         check_bottleneck("AdaptFormer", self.bottleneck)
         if not self.scale > 0:
             raise ValueError(f"AdaptFormer: scale must be positive, not {self.scale}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"AdaptFormer: dropout must be in [0, 1), not {self.dropout}")
+        check_dropout("AdaptFormer", self.dropout)
 
     def init(self, key: Any, site: Site, segments: tuple[str, ...]) -> AdaptFormerDelta:
         """The record for one branch."""

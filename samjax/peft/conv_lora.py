@@ -47,7 +47,7 @@ from samjax.peft.delta import (
     segment_width,
     static,
 )
-from samjax.peft.lora import drop, kaiming_uniform
+from samjax.peft.lora import check_dropout, drop, kaiming_uniform
 
 # Small products, whose resampling a device's coarse default would blur.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -206,8 +206,7 @@ class ConvLoRA(Method):
             raise ValueError(f"ConvLoRA: alpha must be positive, not {self.alpha}")
         if not self.balance >= 0:
             raise ValueError(f"ConvLoRA: balance must be at least 0, not {self.balance}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"ConvLoRA: dropout must be in [0, 1), not {self.dropout}")
+        check_dropout("ConvLoRA", self.dropout)
 
     def init(self, key: Any, site: Site, segments: tuple[str, ...]) -> ConvLoRADelta:
         """The record for a linear layer of the image encoder. B is zero: the identity.

@@ -40,7 +40,7 @@ from samjax.peft.delta import (
     segment_width,
     static,
 )
-from samjax.peft.lora import drop, kaiming_uniform
+from samjax.peft.lora import check_dropout, drop, kaiming_uniform
 
 
 @struct.dataclass
@@ -136,8 +136,7 @@ class FacT(Method):
             raise ValueError(f"FacT: form must be tt or tk, not {self.form!r}")
         if not (self.scale > 0 and math.isfinite(self.scale)):
             raise ValueError(f"FacT: scale must be a positive number, not {self.scale}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"FacT: dropout must be in [0, 1), not {self.dropout}")
+        check_dropout("FacT", self.dropout)
 
     def init(self, key: Any, site: Site, segments: tuple[str, ...]) -> FacTDelta:
         """The record for one linear layer, or for some `segments` of a fused one."""

@@ -70,6 +70,12 @@ def drop(x: Array, rate: float, site: Site, ctx: Context) -> Array:
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
+def check_dropout(method: str, rate: float) -> None:
+    """Raises ValueError for what is no probability, or drops everything."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"{method}: dropout must be in [0, 1), not {rate}")
+
+
 @dataclasses.dataclass(frozen=True)
 class LowRank(Method):
     """Settings of LoRA and of the methods that hold its two factors.
@@ -91,8 +97,7 @@ class LowRank(Method):
             raise ValueError(f"{self._name}: rank must be at least 1, not {self.rank}")
         if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"{self._name}: alpha must be positive, not {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"{self._name}: dropout must be in [0, 1), not {self.dropout}")
+        check_dropout(self._name, self.dropout)
 
     @property
     def _name(self) -> str:
