@@ -8,21 +8,19 @@ rematerialised in the backward pass. The batch stays whole: it may be spread ove
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 AttentionKind = Literal["chunked", "dense"]
 
-# 16 MB in float32: a CPU's caches hold it, and its allocator keeps the pages from chunk to chunk.
+# 8 MB in float32: a CPU's caches hold it, and its allocator keeps the pages from chunk to chunk.
 # Six times as many scores made the encoder of ViT-B a third slower (docs/performance.md).
-SCORES_PER_CHUNK = 4 * 2**20
-# The name, for policies of `jax.checkpoint`, of the weighted values in `attend`.
-_KEPT = "attended"
+SCORES_PER_CHUNK = 2 * 2**20
 
 
 def attend(
@@ -41,7 +39,7 @@ def attend(
     scores = scores.astype(jnp.float32)
     # The result does not depend on the maximum: it only keeps exp from overflowing.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    out = checkpoint_name(jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v), _KEPT)
+    out = jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v)
     return (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
 
 
@@ -72,34 +70,105 @@ def attend_map(
     """Attention over a token map with decomposed relative positions (MViTv2, as SAM's encoder).
 
     The position bias is a function of the *unscaled* queries. `chunked` equals `dense` up to
-    rounding and holds `SCORES_PER_CHUNK` scores at most, or one row of one head.
+    rounding and holds `SCORES_PER_CHUNK` scores at most, or one row of one head; its derivative is
+    written by hand and for reverse mode only.
     """
     height, width = q.shape[2:4]
     table_h = relative_table(height, rel_pos_h).astype(q.dtype)
     table_w = relative_table(width, rel_pos_w).astype(q.dtype)
-
-    def rows(q: Array, table_h: Array, k: Array, v: Array) -> Array:
-        """`q` (b, g, r, x, d) holds r rows of queries, `table_h` (r, y, d) their offsets."""
-        bias_h = jnp.einsum("bhyxd,ykd->bhyxk", q, table_h)
-        bias_w = jnp.einsum("bhyxd,xkd->bhyxk", q, table_w)
+    if kind == "dense":
+        bias_h, bias_w = _biases(q, table_h, table_w)
         bias = bias_h[..., :, None] + bias_w[..., None, :]
         queries, keys, values = (t.reshape(*t.shape[:2], -1, t.shape[-1]) for t in (q, k, v))
         bias = bias.reshape(*queries.shape[:3], -1)
         return attend(queries, keys, values, bias).reshape(q.shape)
-
-    if kind == "dense":
-        return rows(q, table_h, k, v)
-    # The backward pass computes the scores again, but not what they weigh.
-    policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
-    body = jax.checkpoint(rows, prevent_cse=False, policy=policy)
     some_heads, some_rows = chunk_sizes(*q.shape[:4])
 
     def heads(q: Array, k: Array, v: Array) -> Array:
-        """All rows of some heads: (b, g, y, x, d)."""
-        chunks = _split(q, 2, some_rows), _split(table_h, 0, some_rows)
-        return _join(_map(lambda chunk: body(*chunk, k, v), chunks), 2)
+        return _attend_rows(some_rows, q, k, v, table_h, table_w)
 
     return _join(_map(lambda qkv: heads(*qkv), [_split(t, 1, some_heads) for t in (q, k, v)]), 1)
+
+
+def _biases(q: Array, table_h: Array, table_w: Array) -> tuple[Array, Array]:
+    """What the keys' rows (b, h, y, x, y) and columns (b, h, y, x, x) add to the scores."""
+    bias_h = jnp.einsum("bhyxd,ykd->bhyxk", q, table_h)
+    return bias_h, jnp.einsum("bhyxd,xkd->bhyxk", q, table_w)
+
+
+def _scores(q: Array, k: Array, bias_h: Array, bias_w: Array) -> Array:
+    """(b, h, r, x, y, x) in float32: of r rows of queries with all keys.
+
+    The bias is added on the keys' grid: on a flat axis its indices take longer than all the rest.
+    """
+    scores = jnp.einsum("bhrxd,bhmd->bhrxm", q * (q.shape[-1] ** -0.5), k)
+    scores = scores.reshape(*q.shape[:4], bias_h.shape[-1], bias_w.shape[-1])
+    return (scores + bias_h[..., :, None] + bias_w[..., None, :]).astype(jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_rows(
+    some_rows: int, q: Array, k: Array, v: Array, table_h: Array, table_w: Array
+) -> Array:
+    """(b, h, y, x, d): attention with `some_rows` rows of queries at a time."""
+    return _attend_rows_forward(some_rows, q, k, v, table_h, table_w)[0]
+
+
+def _attend_rows_forward(some_rows: int, *args: Array) -> tuple[Array, tuple]:
+    """Keeps what went in, the output and a number per query: the logarithm of the softmax's sum."""
+    q, k, v, table_h, table_w = args
+    keys, values = (t.reshape(*t.shape[:2], -1, t.shape[-1]) for t in (k, v))
+
+    def rows(chunk: tuple[Array, ...]) -> tuple[Array, Array]:
+        scores = _scores(chunk[0], keys, *chunk[1:])
+        shape = *scores.shape[:4], -1
+        top = scores.reshape(shape).max(axis=-1)
+        weights = jnp.exp(scores - top[..., None, None]).reshape(shape)
+        total = weights.sum(axis=-1)
+        out = jnp.einsum("bhrxm,bhmd->bhrxd", weights.astype(v.dtype), values)
+        # The sum divides what the values gave, not the scores, which are many more.
+        return (out / total[..., None]).astype(v.dtype), top + jnp.log(total)
+
+    chunks = tuple(_split(t, 2, some_rows) for t in (q, *_biases(q, table_h, table_w)))
+    out, log_total = (_join(t, 2) for t in _map(rows, chunks))
+    return out, (*args, out, log_total)
+
+
+def _attend_rows_backward(some_rows: int, kept: tuple, d_out: Array) -> tuple[Array, ...]:
+    """The scores are computed again, each chunk's once.
+
+    Gradients of keys and values are summed as (d, m): of the two forms of a product that contracts
+    both its sides' first axes, this one writes along the scores' axis and is much the faster.
+    """
+    q, k, v, table_h, table_w, out, log_total = kept
+    keys, values = (t.reshape(*t.shape[:2], -1, t.shape[-1]) for t in (k, v))
+    scale = q.shape[-1] ** -0.5
+    biases, pull_biases = jax.vjp(_biases, q, table_h, table_w)
+    # Softmax's derivative takes from each weight's gradient their mean under the weights.
+    means = (d_out.astype(jnp.float32) * out).sum(axis=-1)
+
+    def rows(sums: tuple[Array, Array], chunk: tuple[Array, ...]) -> tuple[Any, Any]:
+        q, bias_h, bias_w, log_total, d_out, mean = chunk
+        weights = jnp.exp(_scores(q, keys, bias_h, bias_w) - log_total[..., None, None])
+        grid, flat = weights.shape, (*weights.shape[:4], -1)
+        d_weights = jnp.einsum("bhrxd,bhmd->bhrxm", d_out, values).reshape(grid)
+        d_scores = weights * (d_weights.astype(jnp.float32) - mean[..., None, None])
+        weights, d_flat = (t.reshape(flat).astype(q.dtype) for t in (weights, d_scores))
+        product = partial(jnp.einsum, "bhrxm,bhrxd->bhdm", preferred_element_type=jnp.float32)
+        sums = sums[0] + product(d_flat, q), sums[1] + product(weights, d_out)
+        d_q = jnp.einsum("bhrxm,bhmd->bhrxd", d_flat, keys)
+        return sums, (d_q, d_scores.sum(axis=-1), d_scores.sum(axis=-2))
+
+    zeros = jnp.zeros((*keys.shape[:2], keys.shape[3], keys.shape[2]), jnp.float32)
+    chunks = tuple(_split(t, 2, some_rows) for t in (q, *biases, log_total, d_out, means))
+    (d_k, d_v), per_row = jax.lax.scan(rows, (zeros, zeros), chunks)
+    d_q, d_bias_h, d_bias_w = (_join(t, 2) for t in per_row)
+    more, d_table_h, d_table_w = pull_biases((d_bias_h.astype(q.dtype), d_bias_w.astype(q.dtype)))
+    d_k, d_v = (jnp.swapaxes(t, 2, 3).reshape(k.shape).astype(k.dtype) for t in (d_k * scale, d_v))
+    return d_q * scale + more, d_k, d_v, d_table_h, d_table_w
+
+
+_attend_rows.defvjp(_attend_rows_forward, _attend_rows_backward)
 
 
 def chunk_sizes(batch: int, heads: int, height: int, width: int) -> tuple[int, int]:
@@ -127,8 +196,9 @@ def _join(chunks: Array, axis: int) -> Array:
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
-def _map(function: Callable[[Any], Array], chunks: Any) -> Array:
+def _map(function: Callable[[Any], Any], chunks: Any) -> Any:
     """`jax.lax.map`, without a loop where there is one chunk."""
     if jax.tree.leaves(chunks)[0].shape[0] > 1:
         return jax.lax.map(function, chunks)
-    return function(jax.tree.map(lambda x: x[0], chunks))[None]
+    one = function(jax.tree.map(lambda x: x[0], chunks))
+    return jax.tree.map(lambda x: x[None], one)

@@ -35,7 +35,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from samjax.models.image_encoder import bicubic_matrix
-from samjax.nn import Context, Site, SiteInfo, gelu
+from samjax.nn import Context, Site, SiteInfo, gelu, matmul
 from samjax.peft.delta import (
     BUFFER,
     Additive,
@@ -78,11 +78,11 @@ class ConvLoRADelta(Additive):
     ) -> Float[Array, "n h w d"]:
         """scale * (z + E_i(z)) B; gate and experts are computed in float32."""
         x = drop(x, self.dropout, site, ctx)
-        z = (x @ self.a.astype(x.dtype)).astype(jnp.float32)
+        z = matmul(x, self.a.astype(x.dtype)).astype(jnp.float32)
         chosen = self._choose(z, site, ctx)
         z = (z + convolved(z, chosen, self.kernel, self.bias)).astype(x.dtype)
         b = (self.b * self.scale).astype(x.dtype)
-        parts = [z @ b[i] for i in range(b.shape[0])]
+        parts = [matmul(z, b[i]) for i in range(b.shape[0])]
         return join_segments(site.info, self.segments, parts)
 
     def kernel_update(self, info: SiteInfo, kernel: Any, ctx: Context) -> Any:

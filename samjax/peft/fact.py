@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from samjax.nn import Context, Site, SiteInfo
+from samjax.nn import Context, Site, SiteInfo, matmul
 from samjax.peft.delta import (
     BUFFER,
     Additive,
@@ -84,12 +84,13 @@ class FacTDelta(Additive):
         factors = ctx.shared[self.shared]
         sigma = factors.sigma(self.slots)
         ins, outs, rank, _ = sigma.shape
-        low = x.reshape(*x.shape[:-1], ins, -1) @ factors.u.astype(x.dtype)
+        low = matmul(x.reshape(*x.shape[:-1], ins, -1), factors.u.astype(x.dtype))
         # One product with the Sigma of all slots.
         sigma = sigma.astype(x.dtype).swapaxes(1, 2).reshape(ins * rank, outs * rank)
-        low = (low.reshape(*x.shape[:-1], ins * rank) @ sigma).reshape(*x.shape[:-1], outs, rank)
+        low = matmul(low.reshape(*x.shape[:-1], ins * rank), sigma)
+        low = low.reshape(*x.shape[:-1], outs, rank)
         low = drop(low, self.dropout, site, ctx)
-        y = low @ (factors.v * self.scale).astype(x.dtype)
+        y = matmul(low, (factors.v * self.scale).astype(x.dtype))
         num = max(1, len(self.segments))
         y = y.reshape(*x.shape[:-1], num, -1)
         return join_segments(site.info, self.segments, [y[..., i, :] for i in range(num)])

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from samjax.nn import Context, Site, SiteInfo
+from samjax.nn import Context, Site, SiteInfo, matmul
 from samjax.peft.delta import Delta, Method, NotMergeable, field
 from samjax.peft.lora import kaiming_uniform
 
@@ -92,4 +92,4 @@ def affine(
     x: Float[Array, "*b n"], kernel: Float[Array, "n m"], bias: Float[Array, " m"]
 ) -> Float[Array, "*b m"]:
     """A linear layer in the dtype of `x`."""
-    return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+    return matmul(x, kernel.astype(x.dtype)) + bias.astype(x.dtype)

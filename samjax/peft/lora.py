@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from samjax.nn import Context, Site, SiteInfo
+from samjax.nn import Context, Site, SiteInfo, matmul
 from samjax.peft.delta import (
     BUFFER,
     Additive,
@@ -48,8 +48,9 @@ class LoRADelta(Additive):
         num, width, rank = self.a.shape
         a = self.a.astype(x.dtype).swapaxes(0, 1).reshape(width, num * rank)
         b = (self.b * self.scale).astype(x.dtype)
-        low = (x @ a).reshape(*x.shape[:-1], num, rank)
-        return join_segments(site.info, self.segments, [low[..., i, :] @ b[i] for i in range(num)])
+        low = matmul(x, a).reshape(*x.shape[:-1], num, rank)
+        parts = [matmul(low[..., i, :], b[i]) for i in range(num)]
+        return join_segments(site.info, self.segments, parts)
 
     def kernel_update(self, info: SiteInfo, kernel: Any, ctx: Context) -> Any:
         """scale * A B."""

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from samjax.nn import Context, Site, SiteInfo
+from samjax.nn import Context, Site, SiteInfo, matmul
 from samjax.peft.delta import BUFFER, Additive, check_rank, field, static
 from samjax.peft.lora import LowRank, drop, kaiming_uniform
 
@@ -41,7 +41,7 @@ class LoRAConvDelta(Additive):
     ) -> Float[Array, "b oh ow d"]:
         """scale * (conv(x, A) B), with the site's own convolution."""
         low = site.apply(drop(x, self.dropout, site, ctx), self.a, None)
-        return low @ (self.b * self.scale).astype(low.dtype)
+        return matmul(low, (self.b * self.scale).astype(low.dtype))
 
     def kernel_update(self, info: SiteInfo, kernel: Any, ctx: Context) -> Any:
         """scale * A B, with A as a matrix of (k * k * in) rows."""
