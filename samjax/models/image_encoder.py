@@ -20,9 +20,9 @@ from samjax.nn import (
     Remat,
     Segments,
     call_branch,
-    gelu,
     rematerialized,
 )
+from samjax.ops import gelu
 
 
 class Mlp(nn.Module):

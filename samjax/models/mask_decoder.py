@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from samjax.models.attention import attend
-from samjax.nn import Context, ConvTranspose2x2, Dense, Embedding, LayerNorm, gelu
+from samjax.nn import Context, ConvTranspose2x2, Dense, Embedding, LayerNorm
+from samjax.ops import gelu
 
 
 class Attention(nn.Module):

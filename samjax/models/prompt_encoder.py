@@ -11,7 +11,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from samjax.nn import Context, Conv, Embedding, LayerNorm, gelu
+from samjax.nn import Context, Conv, Embedding, LayerNorm
+from samjax.ops import gelu
 
 
 @struct.dataclass

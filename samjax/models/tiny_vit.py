@@ -28,9 +28,9 @@ from samjax.nn import (
     Remat,
     Segments,
     call_branch,
-    gelu,
     rematerialized,
 )
+from samjax.ops import gelu
 
 
 class ConvBN(nn.Module):

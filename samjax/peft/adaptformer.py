@@ -22,9 +22,9 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from samjax.nn import Context, Site, SiteInfo
-from samjax.peft.delta import BUFFER, Additive, Method, NotMergeable, field, static
-from samjax.peft.houlsby import affine, bottleneck_layers, check_bottleneck
-from samjax.peft.lora import check_dropout, drop
+from samjax.peft.delta import BUFFER, Additive, Method, NotMergeable, check_settings, field, static
+from samjax.peft.houlsby import affine, bottleneck_layers
+from samjax.peft.lora import drop
 
 # torch's default, which the authors' LayerNorm has.
 _EPSILON = 1e-5
@@ -79,10 +79,7 @@ class AdaptFormer(Method):
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        check_bottleneck("AdaptFormer", self.bottleneck)
-        if not self.scale > 0:
-            raise ValueError(f"AdaptFormer: scale must be positive, not {self.scale}")
-        check_dropout("AdaptFormer", self.dropout)
+        check_settings(self, ["bottleneck"], ["scale"])
 
     def init(self, key: Any, site: Site, segments: tuple[str, ...]) -> AdaptFormerDelta:
         """The record for one branch."""

@@ -35,19 +35,21 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from samjax.models.image_encoder import bicubic_matrix
-from samjax.nn import Context, Site, SiteInfo, gelu, matmul
+from samjax.nn import Context, Site, SiteInfo
+from samjax.ops import gelu, matmul
 from samjax.peft.delta import (
     BUFFER,
     Additive,
     Method,
     NotMergeable,
     check_rank,
+    check_settings,
     field,
     join_segments,
     segment_width,
     static,
 )
-from samjax.peft.lora import check_dropout, drop, kaiming_uniform
+from samjax.peft.lora import drop, kaiming_uniform
 
 # Small products, whose resampling a device's coarse default would blur.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -199,14 +201,9 @@ class ConvLoRA(Method):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("rank", "experts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ConvLoRA: {name} must be at least 1, not {getattr(self, name)}")
-        if not self.alpha > 0:
-            raise ValueError(f"ConvLoRA: alpha must be positive, not {self.alpha}")
+        check_settings(self, ["rank", "experts"], ["alpha"])
         if not self.balance >= 0:
             raise ValueError(f"ConvLoRA: balance must be at least 0, not {self.balance}")
-        check_dropout("ConvLoRA", self.dropout)
 
     def init(self, key: Any, site: Site, segments: tuple[str, ...]) -> ConvLoRADelta:
         """The record for a linear layer of the image encoder. B is zero: the identity.

@@ -13,6 +13,7 @@ and a *method* is a frozen dataclass of settings that makes deltas. Fields of re
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -179,6 +180,25 @@ def join_segments(info: SiteInfo, segments: tuple[str, ...], parts: Sequence[Any
     if info.segments is None or not segments:
         return parts[0]
     return info.segments.join(dict(zip(segments, parts, strict=True)))
+
+
+def check_settings(method: Method, counts: Sequence[str], positive: Sequence[str] = ()) -> None:
+    """Raises ValueError for a count below 1, a number that is not positive and finite, a dropout.
+
+    `counts` and `positive` name fields of the settings; None stands for a default. A dropout must
+    be a probability, and not drop everything.
+    """
+    kind = type(method).__name__
+    for name in counts:
+        if (value := getattr(method, name)) < 1:
+            raise ValueError(f"{kind}: {name} must be at least 1, not {value}")
+    for name in positive:
+        value = getattr(method, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{kind}: {name} must be positive and finite, not {value}")
+    dropout = getattr(method, "dropout", 0.0)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{kind}: dropout must be in [0, 1), not {dropout}")
 
 
 def check_rank(method: str, rank: int, info: SiteInfo, limit: int) -> None:

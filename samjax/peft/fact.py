@@ -28,19 +28,21 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from samjax.nn import Context, Site, SiteInfo, matmul
+from samjax.nn import Context, Site, SiteInfo
+from samjax.ops import matmul
 from samjax.peft.delta import (
     BUFFER,
     Additive,
     Method,
     Record,
     check_rank,
+    check_settings,
     field,
     join_segments,
     segment_width,
     static,
 )
-from samjax.peft.lora import check_dropout, drop, kaiming_uniform
+from samjax.peft.lora import drop, kaiming_uniform
 
 
 @struct.dataclass
@@ -131,13 +133,9 @@ class FacT(Method):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"FacT: rank must be at least 1, not {self.rank}")
+        check_settings(self, ["rank"], ["scale"])
         if self.form not in ("tt", "tk"):
             raise ValueError(f"FacT: form must be tt or tk, not {self.form!r}")
-        if not (self.scale > 0 and math.isfinite(self.scale)):
-            raise ValueError(f"FacT: scale must be a positive number, not {self.scale}")
-        check_dropout("FacT", self.dropout)
 
     def init(self, key: Any, site: Site, segments: tuple[str, ...]) -> FacTDelta:
         """The record for one linear layer, or for some `segments` of a fused one."""

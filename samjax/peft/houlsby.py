@@ -22,8 +22,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from samjax.nn import Context, Site, SiteInfo, matmul
-from samjax.peft.delta import Delta, Method, NotMergeable, field
+from samjax.nn import Context, Site, SiteInfo
+from samjax.ops import matmul
+from samjax.peft.delta import Delta, Method, NotMergeable, check_settings, field
 from samjax.peft.lora import kaiming_uniform
 
 
@@ -64,17 +65,11 @@ class Houlsby(Method):
     bottleneck: int = 16
 
     def __post_init__(self) -> None:
-        check_bottleneck("adapter", self.bottleneck)
+        check_settings(self, ["bottleneck"])
 
     def init(self, key: Any, site: Site, segments: tuple[str, ...]) -> HoulsbyDelta:
         """The record for one branch."""
         return HoulsbyDelta(**bottleneck_layers(key, site.info, self.bottleneck))
-
-
-def check_bottleneck(method: str, bottleneck: int) -> None:
-    """Raises ValueError for a bottleneck below 1."""
-    if bottleneck < 1:
-        raise ValueError(f"{method}: bottleneck must be at least 1, not {bottleneck}")
 
 
 def bottleneck_layers(key: Any, info: SiteInfo, bottleneck: int) -> dict[str, Any]:

@@ -18,12 +18,14 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from samjax.nn import Context, Site, SiteInfo, matmul
+from samjax.nn import Context, Site, SiteInfo
+from samjax.ops import matmul
 from samjax.peft.delta import (
     BUFFER,
     Additive,
     Method,
     check_rank,
+    check_settings,
     field,
     join_segments,
     segment_width,
@@ -71,12 +73,6 @@ def drop(x: Array, rate: float, site: Site, ctx: Context) -> Array:
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
-def check_dropout(method: str, rate: float) -> None:
-    """Raises ValueError for what is no probability, or drops everything."""
-    if not 0 <= rate < 1:
-        raise ValueError(f"{method}: dropout must be in [0, 1), not {rate}")
-
-
 @dataclasses.dataclass(frozen=True)
 class LowRank(Method):
     """Settings of LoRA and of the methods that hold its two factors.
@@ -94,11 +90,7 @@ class LowRank(Method):
     rank_stabilized: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"{self._name}: rank must be at least 1, not {self.rank}")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"{self._name}: alpha must be positive, not {self.alpha}")
-        check_dropout(self._name, self.dropout)
+        check_settings(self, ["rank"], ["alpha"])
 
     @property
     def _name(self) -> str:

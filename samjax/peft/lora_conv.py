@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from samjax.nn import Context, Site, SiteInfo, matmul
+from samjax.nn import Context, Site, SiteInfo
+from samjax.ops import matmul
 from samjax.peft.delta import BUFFER, Additive, check_rank, field, static
 from samjax.peft.lora import LowRank, drop, kaiming_uniform
 

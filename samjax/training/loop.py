@@ -155,7 +155,7 @@ def prepare(
     """
     train_leaves, frozen = peft_lib.partition(base, peft_lib.trainable(spec, model, base))
     labels = trained_labels(peft_lib.groups(spec, model, base))
-    optimizer = make_optimizer(config.optimizer, steps, labels, config.method.learning_rate)
+    optimizer = make_optimizer(config.optimizer, steps, labels, config.learning_rate)
     train_step = make_train_step(
         model,
         optimizer,

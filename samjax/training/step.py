@@ -56,11 +56,12 @@ class OptimizerConfig:
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, labels: Any, learning_rate: float = 1e-3
+    config: OptimizerConfig, steps: int, labels: Any, learning_rate: float
 ) -> optax.GradientTransformation:
     """The optimiser of the trained leaves; `labels` is their tree of group names.
 
-    `learning_rate` is the peak where the config has none.
+    `learning_rate` is the peak of all but the mask decoder (`Config.learning_rate`, which knows the
+    method's own where the config has none).
     """
 
     def adamw(peak: float) -> optax.GradientTransformation:
@@ -73,8 +74,6 @@ def make_optimizer(
         )
         return optax.adamw(schedule, weight_decay=config.weight_decay, mask=_decays)
 
-    if config.learning_rate is not None:
-        learning_rate = config.learning_rate
     present = set(jax.tree.leaves(labels))
     peaks = {"decoder": config.decoder_learning_rate}
     by_group = {name: adamw(peaks.get(name, learning_rate)) for name in present}

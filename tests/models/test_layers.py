@@ -19,8 +19,8 @@ from samjax.nn import (
     DepthwiseConv,
     LayerNorm,
     Segments,
-    gelu,
 )
+from samjax.ops import gelu
 
 RNG = np.random.default_rng(0)
 

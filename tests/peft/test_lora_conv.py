@@ -159,7 +159,7 @@ def test_bad_input():
     site, _ = make(1)
     with pytest.raises(ValueError, match=r"^LoRAConv: rank 6 is more than conv can have, 5"):
         LoRAConv(rank=6).init(jax.random.key(0), site, ())
-    with pytest.raises(ValueError, match=r"^LoRAConv: alpha must be positive, not -1"):
+    with pytest.raises(ValueError, match=r"^LoRAConv: alpha must be positive and finite, not -1"):
         LoRAConv(alpha=-1.0)
 
 

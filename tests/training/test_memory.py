@@ -86,7 +86,7 @@ def arguments(model, params, batch):
     )
     train, frozen = peft.partition(base, peft.trainable(spec, model, base))
     labels = trained_labels(peft.groups(spec, model, base))
-    optimizer = make_optimizer(OptimizerConfig(), 100, labels)
+    optimizer = make_optimizer(OptimizerConfig(), 100, labels, 1e-3)
     state = jax.eval_shape(lambda train: init_state(train, optimizer), train)
     shape = model.config.frame.height, model.config.frame.width
     inputs = {

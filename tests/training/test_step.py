@@ -75,7 +75,7 @@ def variables(model, draw_params):
 def start(model, variables):
     train, frozen = peft.partition(variables, peft.trainable(SPEC, model, variables))
     labels = trained_labels(peft.groups(SPEC, model, variables))
-    optimizer = make_optimizer(OptimizerConfig(), 10, labels)
+    optimizer = make_optimizer(OptimizerConfig(), 10, labels, 1e-3)
     # Copied, since the step donates its state.
     return init_state(jax.tree.map(jnp.array, train), optimizer), frozen, optimizer
 
@@ -405,8 +405,7 @@ def test_weight_decay_acts_on_matrices_alone(small_model, small_params):
     variables = {"params": small_params, "peft": tree}
     train, _ = peft.partition(variables, peft.trainable(spec, small_model, variables))
     labels = trained_labels(peft.groups(spec, small_model, variables))
-    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5, warmup=0.0)
-    optimizer = make_optimizer(config, 10, labels)
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5, warmup=0.0), 10, labels, 0.1)
     zero = jax.tree.map(jnp.zeros_like, train)
     updates, _ = optimizer.update(zero, optimizer.init(train), train)
     delta, change = (
