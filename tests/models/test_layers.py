@@ -1,6 +1,8 @@
 """Single layers against definitions that are not ours: torch, lax, loops."""
 
+import collections
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -284,25 +286,37 @@ def test_any_square_size_and_bfloat16(small_model, small_params):
     assert np.abs(logits - exact).max() < 0.2 * exact.std()
 
 
-@pytest.mark.parametrize("encoder", [SMALL_VIT, TINY], ids=["vit", "tiny_vit"])
-def test_remat_keeps_what_enters_each_block_alone(small_config, encoder):
-    config = dataclasses.replace(small_config, image_encoder=encoder)
+@pytest.mark.parametrize(
+    "encoder, deeper, entering",
+    [
+        (SMALL_VIT, dataclasses.replace(SMALL_VIT, depth=4), (1, 8, 8, 32)),
+        (TINY, dataclasses.replace(TINY, depths=(1, 3, 1, 1)), (1, 16, 16, 16)),
+    ],
+    ids=["vit", "tiny_vit"],
+)
+def test_remat_keeps_what_enters_each_block_alone(small_config, encoder, deeper, entering):
+    """Of two more blocks the backward pass keeps the two maps that enter them."""
 
-    def kept(remat):
-        """Numbers that the backward pass of the encoder keeps from the forward pass."""
+    def kept(encoder, remat):
+        """Shapes of the maps that the backward pass of the encoder keeps, and how many of each."""
+        config = dataclasses.replace(small_config, image_encoder=encoder)
         model = Sam(config, remat=remat)
 
         def residuals(params, x):
             encode = lambda p: model.apply({"params": p}, x, method="encode_normalized")  # noqa: E731
             return jax.vjp(encode, params)[1]
 
-        params = model.init_params_shapes()
         x = jax.ShapeDtypeStruct((1, *config.frame.shape, 3), jnp.float32)
-        # Parameters are there in either case.
-        leaves = jax.tree.leaves(jax.eval_shape(residuals, params, x))
-        return sum(leaf.size for leaf in leaves) - sum(p.size for p in jax.tree.leaves(params))
+        leaves = jax.tree.leaves(jax.eval_shape(residuals, model.init_params_shapes(), x))
+        return collections.Counter(
+            leaf.shape for leaf in leaves if leaf.ndim > 3 and leaf.shape[0] == 1
+        )
 
-    assert kept("blocks") < kept("none") / 4
+    assert kept(deeper, "blocks") - kept(encoder, "blocks") == {entering: 2}
+    every = kept(deeper, "none") - kept(encoder, "none")
+    assert sum(count * math.prod(shape) for shape, count in every.items()) > 16 * math.prod(
+        entering
+    )
 
 
 def test_image_size_must_fit_the_patch():
