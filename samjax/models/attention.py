@@ -115,11 +115,11 @@ def _attend_rows(
 
 
 def _attend_rows_forward(some_rows: int, *args: Array) -> tuple[Array, tuple]:
-    """Keeps what went in, the output and a number per query: the logarithm of the softmax's sum."""
+    """Keeps what went in, the output, and of each query the softmax's maximum and sum."""
     q, k, v, table_h, table_w = args
     keys, values = (t.reshape(*t.shape[:2], -1, t.shape[-1]) for t in (k, v))
 
-    def rows(chunk: tuple[Array, ...]) -> tuple[Array, Array]:
+    def rows(chunk: tuple[Array, ...]) -> tuple[Array, ...]:
         scores = _scores(chunk[0], keys, *chunk[1:])
         shape = *scores.shape[:4], -1
         top = scores.reshape(shape).max(axis=-1)
@@ -127,11 +127,11 @@ def _attend_rows_forward(some_rows: int, *args: Array) -> tuple[Array, tuple]:
         total = weights.sum(axis=-1)
         out = jnp.einsum("bhrxm,bhmd->bhrxd", weights.astype(v.dtype), values)
         # The sum divides what the values gave, not the scores, which are many more.
-        return (out / total[..., None]).astype(v.dtype), top + jnp.log(total)
+        return (out / total[..., None]).astype(v.dtype), top, total
 
     chunks = tuple(_split(t, 2, some_rows) for t in (q, *_biases(q, table_h, table_w)))
-    out, log_total = (_join(t, 2) for t in _map(rows, chunks))
-    return out, (*args, out, log_total)
+    out, top, total = (_join(t, 2) for t in _map(rows, chunks))
+    return out, (*args, out, top, total)
 
 
 def _attend_rows_backward(some_rows: int, kept: tuple, d_out: Array) -> tuple[Array, ...]:
@@ -140,7 +140,7 @@ def _attend_rows_backward(some_rows: int, kept: tuple, d_out: Array) -> tuple[Ar
     Gradients of keys and values are summed as (d, m): of the two forms of a product that contracts
     both its sides' first axes, this one writes along the scores' axis and is much the faster.
     """
-    q, k, v, table_h, table_w, out, log_total = kept
+    q, k, v, table_h, table_w, out, top, total = kept
     keys, values = (t.reshape(*t.shape[:2], -1, t.shape[-1]) for t in (k, v))
     scale = q.shape[-1] ** -0.5
     biases, pull_biases = jax.vjp(_biases, q, table_h, table_w)
@@ -148,19 +148,21 @@ def _attend_rows_backward(some_rows: int, kept: tuple, d_out: Array) -> tuple[Ar
     means = (d_out.astype(jnp.float32) * out).sum(axis=-1)
 
     def rows(sums: tuple[Array, Array], chunk: tuple[Array, ...]) -> tuple[Any, Any]:
-        q, bias_h, bias_w, log_total, d_out, mean = chunk
-        weights = jnp.exp(_scores(q, keys, bias_h, bias_w) - log_total[..., None, None])
+        q, bias_h, bias_w, top, share, d_out, mean = chunk
+        weights = jnp.exp(_scores(q, keys, bias_h, bias_w) - top[..., None, None])
+        weights = weights * share[..., None, None]
         grid, flat = weights.shape, (*weights.shape[:4], -1)
         d_weights = jnp.einsum("bhrxd,bhmd->bhrxm", d_out, values).reshape(grid)
         d_scores = weights * (d_weights.astype(jnp.float32) - mean[..., None, None])
         weights, d_flat = (t.reshape(flat).astype(q.dtype) for t in (weights, d_scores))
-        product = partial(jnp.einsum, "bhrxm,bhrxd->bhdm", preferred_element_type=jnp.float32)
-        sums = sums[0] + product(d_flat, q), sums[1] + product(weights, d_out)
+        product = partial(jnp.einsum, "bhrxm,bhrxd->bhdm")
+        new = product(d_flat, q), product(weights, d_out)
+        sums = jax.tree.map(lambda total, part: total + part.astype(jnp.float32), sums, new)
         d_q = jnp.einsum("bhrxm,bhmd->bhrxd", d_flat, keys)
         return sums, (d_q, d_scores.sum(axis=-1), d_scores.sum(axis=-2))
 
     zeros = jnp.zeros((*keys.shape[:2], keys.shape[3], keys.shape[2]), jnp.float32)
-    chunks = tuple(_split(t, 2, some_rows) for t in (q, *biases, log_total, d_out, means))
+    chunks = tuple(_split(t, 2, some_rows) for t in (q, *biases, top, 1 / total, d_out, means))
     (d_k, d_v), per_row = jax.lax.scan(rows, (zeros, zeros), chunks)
     d_q, d_bias_h, d_bias_w = (_join(t, 2) for t in per_row)
     more, d_table_h, d_table_w = pull_biases((d_bias_h.astype(q.dtype), d_bias_w.astype(q.dtype)))

@@ -159,7 +159,7 @@ def test_dropout_needs_a_key_and_keeps_the_mean():
         ({"rank": 0}, "rank must be at least 1"),
         ({"form": "cp"}, "form must be tt or tk, not 'cp'"),
         ({"scale": 0.0}, "scale must be positive and finite"),
-        ({"scale": float("inf")}, "scale must be a positive number"),
+        ({"scale": float("inf")}, "scale must be positive and finite"),
         ({"dropout": 1.0}, "dropout must be in"),
     ],
 )
