@@ -73,7 +73,8 @@ def standardize(epsilon: float, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]
 def _standardize_forward(epsilon: float, x: Array) -> tuple[Array, tuple[Array, Array]]:
     centred = x - x.mean(axis=-1, keepdims=True)
     factor = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + epsilon)
-    return centred * factor, (centred * factor, factor)
+    y = centred * factor
+    return y, (y, factor)
 
 
 def _standardize_backward(epsilon: float, kept: tuple[Array, Array], g: Array) -> tuple[Array]:

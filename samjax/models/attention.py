@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 AttentionKind = Literal["chunked", "dense"]
 
 # 8 MB in float32: a CPU's caches hold it, and its allocator keeps the pages from chunk to chunk.
-# Six times as many scores made the encoder of ViT-B a third slower (docs/performance.md).
+# 96 MB of scores made the encoder of ViT-B a third slower than 16 MB did.
 SCORES_PER_CHUNK = 2 * 2**20
 
 
@@ -79,15 +79,17 @@ def attend_map(
     if kind == "dense":
         bias_h, bias_w = _biases(q, table_h, table_w)
         bias = bias_h[..., :, None] + bias_w[..., None, :]
-        queries, keys, values = (t.reshape(*t.shape[:2], -1, t.shape[-1]) for t in (q, k, v))
+        queries, keys, values = (_tokens(t) for t in (q, k, v))
         bias = bias.reshape(*queries.shape[:3], -1)
         return attend(queries, keys, values, bias).reshape(q.shape)
     some_heads, some_rows = chunk_sizes(*q.shape[:4])
+    chunks = [_split(t, 1, some_heads) for t in (q, k, v)]
+    return _join(_map(lambda qkv: _attend_rows(some_rows, *qkv, table_h, table_w), chunks), 1)
 
-    def heads(q: Array, k: Array, v: Array) -> Array:
-        return _attend_rows(some_rows, q, k, v, table_h, table_w)
 
-    return _join(_map(lambda qkv: heads(*qkv), [_split(t, 1, some_heads) for t in (q, k, v)]), 1)
+def _tokens(x: Array) -> Array:
+    """A map (b, h, y, x, d) as a list of tokens (b, h, y * x, d)."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
 def _biases(q: Array, table_h: Array, table_w: Array) -> tuple[Array, Array]:
@@ -117,7 +119,7 @@ def _attend_rows(
 def _attend_rows_forward(some_rows: int, *args: Array) -> tuple[Array, tuple]:
     """Keeps what went in, the output, and of each query the softmax's maximum and sum."""
     q, k, v, table_h, table_w = args
-    keys, values = (t.reshape(*t.shape[:2], -1, t.shape[-1]) for t in (k, v))
+    keys, values = _tokens(k), _tokens(v)
 
     def rows(chunk: tuple[Array, ...]) -> tuple[Array, ...]:
         scores = _scores(chunk[0], keys, *chunk[1:])
@@ -141,7 +143,7 @@ def _attend_rows_backward(some_rows: int, kept: tuple, d_out: Array) -> tuple[Ar
     both its sides' first axes, this one writes along the scores' axis and is much the faster.
     """
     q, k, v, table_h, table_w, out, top, total = kept
-    keys, values = (t.reshape(*t.shape[:2], -1, t.shape[-1]) for t in (k, v))
+    keys, values = _tokens(k), _tokens(v)
     scale = q.shape[-1] ** -0.5
     biases, pull_biases = jax.vjp(_biases, q, table_h, table_w)
     # Softmax's derivative takes from each weight's gradient their mean under the weights.
