@@ -15,6 +15,12 @@ from PIL import Image
 from samjax.models import Sam, SamConfig, TinyVitConfig, VitConfig
 from weights_convert import from_params
 
+# Most of the tests' time is compilation: they leave out what LLVM takes longest for. With XLA_FLAGS
+# set, even to nothing, they compile as users do. XLA reads it when the first array is made.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+
 # Many tests compile the same step; what one compiled the others, and subprocesses, read back.
 _CACHE = tempfile.TemporaryDirectory(prefix="samjax-tests-")
 for _name, _value in (

@@ -65,8 +65,6 @@ NOT_MERGEABLE = {"adapter", "adaptformer", "conv_lora"}
 # its singular vectors is not the kernel to the bit.
 IDENTITY = {"sam_parser_bases": 1e-4, "sam_parser_code": 1e-4}
 SIDE = 128
-# Half the time to compile; what is computed is the same.
-QUICK: dict[str, Any] = {"compiler_options": {"xla_backend_optimization_level": 0}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +115,7 @@ def batch(size: int = 2) -> dict[str, np.ndarray]:
 @functools.cache
 def compiled(model: Sam):
     """The forward pass of a model: the laws of one model share what it compiles."""
-    return jax.jit(lambda variables, *inputs: model.apply(variables, *inputs)[0], **QUICK)
+    return jax.jit(lambda variables, *inputs: model.apply(variables, *inputs)[0])
 
 
 def forward(model: Sam, variables) -> np.ndarray:
@@ -198,7 +196,7 @@ def training_moves_what_trains_alone(case: Case) -> None:
     assert moments == 2 * count  # AdamW's two, and nothing else
     assert count == peft.report(case.spec, case.model).trainable
     before = jax.tree.map(np.array, frozen)
-    step = make_train_step(case.model, optimizer).lower(state, frozen, batch()).compile(**QUICK)
+    step = make_train_step(case.model, optimizer).lower(state, frozen, batch()).compile()
     first = jax.tree.map(np.array, state.train)
     losses = []
     for _ in range(8):
@@ -251,9 +249,7 @@ def encoder_gradients(case: Case, sharding: Any = None, **changes: Any):
         total = jnp.mean(jnp.square(embedding)) + sum(map(jnp.sum, jax.tree.leaves(added)))
         return total, embedding
 
-    (value, embedding), grads = jax.jit(jax.value_and_grad(loss, has_aux=True), **QUICK)(
-        trained, frozen
-    )
+    (value, embedding), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trained, frozen)
     case.known[str(changes)] = np.float32(embedding), value, grads
     return case.known[str(changes)]
 
@@ -334,7 +330,7 @@ def test_accumulated_gradients_are_the_mean(small_model, small_params):
     for accumulate, values in losses.items():
         state, frozen, optimizer = start(case, small_model, steps=40)
         jitted = make_train_step(small_model, optimizer, accumulate=accumulate)
-        step = jitted.lower(state, frozen, batch()).compile(**QUICK)
+        step = jitted.lower(state, frozen, batch()).compile()
         for _ in range(6):
             state, logs = step(state, frozen, batch())
             values.append(float(logs["loss"]))
