@@ -86,46 +86,54 @@ def _standardize_backward(epsilon: float, kept: tuple[Array, Array], g: Array) -
 standardize.defvjp(_standardize_forward, _standardize_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def depthwise(
-    stride: int, x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"]
+    stride: int, x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], dilation: int = 1
 ) -> Float[Array, "b oh ow c"]:
     """A depthwise convolution with zero padding, and its derivative, as k * k shifted products.
 
     XLA's grouped convolution is several times slower than this on CPU, and the products fuse into
     one memory-bound loop elsewhere.
     """
-    products = zip(
-        _shifted(stride, x, kernel.shape[0]), kernel.reshape(-1, x.shape[-1]), strict=True
+    shifted, weights = (
+        _shifted(stride, x, kernel.shape[0], dilation),
+        kernel.reshape(-1, x.shape[-1]),
     )
-    return sum((x * weight for x, weight in products), start=jnp.zeros((), x.dtype))
+    products = (x * weight for x, weight in zip(shifted, weights, strict=True))
+    return sum(products, start=jnp.zeros((), x.dtype))
 
 
-def _shifted(stride: int, x: Array, size: int) -> list[Array]:
+def _shifted(stride: int, x: Array, size: int, dilation: int) -> list[Array]:
     """What each of a kernel's `size` * `size` weights is multiplied with."""
-    pad = (size - 1) // 2
+    pad = dilation * (size - 1) // 2
     padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     # Else the compiler computes what comes before (a GELU) once for each shift.
     padded = jax.lax.optimization_barrier(padded)
     height, width = x.shape[1:3]
-    offsets = ((i, j) for i in range(size) for j in range(size))
+    steps = range(0, dilation * size, dilation)
+    offsets = ((i, j) for i in steps for j in steps)
     return [padded[:, i : i + height : stride, j : j + width : stride] for i, j in offsets]
 
 
-def _depthwise_forward(stride: int, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return depthwise(stride, x, kernel), (x, kernel)
+def _depthwise_forward(
+    stride: int, x: Array, kernel: Array, dilation: int
+) -> tuple[Array, tuple[Array, Array]]:
+    return depthwise(stride, x, kernel, dilation), (x, kernel)
 
 
-def _depthwise_backward(stride: int, kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _depthwise_backward(
+    stride: int, dilation: int, kept: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
     x, kernel = kept
-    sums = [jnp.sum(x * g, axis=(0, 1, 2)) for x in _shifted(stride, x, kernel.shape[0])]
+    shifted = _shifted(stride, x, kernel.shape[0], dilation)
+    sums = [jnp.sum(x * g, axis=(0, 1, 2)) for x in shifted]
     # Zeros where the stride left an output out.
     spread = [
         (0, size - stride * (outputs - 1) - 1, stride - 1)
         for size, outputs in zip(x.shape[1:3], g.shape[1:3], strict=True)
     ]
     g = jax.lax.pad(g, jnp.zeros((), g.dtype), ((0, 0, 0), *spread, (0, 0, 0)))
-    return depthwise(1, g, kernel[::-1, ::-1]), jnp.stack(sums).reshape(kernel.shape)
+    return depthwise(1, g, kernel[::-1, ::-1], dilation), jnp.stack(sums).reshape(kernel.shape)
 
 
 depthwise.defvjp(_depthwise_forward, _depthwise_backward)

@@ -32,6 +32,8 @@ BUFFER = "buffer"
 # nor counted, and not in adapter files, since `init` computes them again.
 DERIVED = "derived"
 WEIGHTS = "weights"
+# Group of what chooses among operators, which an optimiser of its own trains.
+ARCH = "arch"
 UNTRAINED = frozenset({FROZEN, BUFFER, DERIVED})
 
 
