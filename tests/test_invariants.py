@@ -53,13 +53,26 @@ METHODS = {
     "adaptformer": MethodConfig(method="adaptformer", bottleneck=4, dropout=0.0),
     "ssf": MethodConfig(method="ssf"),
     "conv_lora": MethodConfig(method="conv_lora", experts=4),
+    "nas_lora": MethodConfig(method="nas_lora"),
+    "nas_lora_darts": MethodConfig(method="nas_lora", space="darts", nodes=2),
+    "nas_pc_lora": MethodConfig(method="nas_pc_lora"),
+    "nas_pc_lora_darts": MethodConfig(method="nas_pc_lora", space="darts"),
+    "nas_lora_pointwise": MethodConfig(method="nas_lora", operators="none+skip_connect"),
     "sam_parser": MethodConfig(method="sam_parser"),
     "sam_parser_everywhere": MethodConfig(method="sam_parser", targets=("neck", "transformer")),
     "sam_parser_bases": MethodConfig(method="sam_parser", train="bases"),
     "sam_parser_code": MethodConfig(method="sam_parser", recipe="code"),
 }
 # Their records have no form as a kernel and a bias.
-NOT_MERGEABLE = {"adapter", "adaptformer", "conv_lora"}
+NOT_MERGEABLE = {
+    "adapter",
+    "adaptformer",
+    "conv_lora",
+    "nas_lora",
+    "nas_lora_darts",
+    "nas_pc_lora",
+    "nas_pc_lora_darts",
+}
 
 # Largest change at the start, in deviations of the logits; a kernel that is put together again from
 # its singular vectors is not the kernel to the bit.

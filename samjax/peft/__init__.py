@@ -10,6 +10,7 @@ from samjax.peft.houlsby import Houlsby
 from samjax.peft.io import Adapter, apply, describe, load, read, save
 from samjax.peft.lora import LoRA
 from samjax.peft.lora_conv import LoRAConv
+from samjax.peft.nas_lora import NASLoRA
 from samjax.peft.recipes import RECIPES, MethodConfig
 from samjax.peft.report import Report, report
 from samjax.peft.sam_parser import SAMParser
@@ -32,6 +33,7 @@ __all__ = [
     "LoRA",
     "LoRAConv",
     "MethodConfig",
+    "NASLoRA",
     "NotComposable",
     "NotMergeable",
     "PeftSpec",

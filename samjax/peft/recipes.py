@@ -19,6 +19,7 @@ from samjax.peft.fact import FacT
 from samjax.peft.houlsby import Houlsby
 from samjax.peft.lora import LoRA
 from samjax.peft.lora_conv import LoRAConv
+from samjax.peft.nas_lora import NASLoRA
 from samjax.peft.sam_parser import SAMParser
 from samjax.peft.spec import Freeze, PeftSpec, Rule, Train
 from samjax.peft.ssf import SSF
@@ -68,6 +69,16 @@ class MethodConfig:
     balance: float | None = None
     # How many of the encoder's last blocks train (last_k).
     blocks: int | None = None
+    # Candidate operators of a searchable cell, joined by +, or found ones of each edge, joined by |.
+    operators: str | None = None
+    # Which operators a searchable cell has: linear ones, which collapse, or those of DARTS.
+    space: Literal["linear", "darts"] | None = None
+    # How the operators of the space darts are normalised.
+    norm: Literal["instance", "none"] | None = None
+    # How many nodes a searchable cell has.
+    nodes: int | None = None
+    # One in so many channels goes through the searchable cell (nas_pc_lora).
+    partial: int | None = None
     # Whose setting it is, where they differ: the paper's, or its authors' code's (sam_parser).
     recipe: Literal["paper", "code"] | None = None
     # Which factors of a decomposed kernel train (sam_parser).
@@ -317,6 +328,40 @@ def conv_lora(
     return _linear_rules(ConvLoRA(rank, alpha, experts, balance, dropout), targets)
 
 
+def nas_lora(
+    *,
+    rank: int = 4,
+    alpha: float | None = None,
+    operators: str = "",
+    space: str = "linear",
+    norm: str = "instance",
+    nodes: int = 1,
+    targets: tuple[str, ...] = ("qkv",),
+    dropout: float = 0.0,
+) -> tuple[Rule, ...]:
+    """LoRA with a searchable cell between its factors (Chen, Su and Tang 2025)."""
+    _check_targets(targets, ("qkv", "q", "k", "v", "proj", "mlp"))
+    return _linear_rules(NASLoRA(rank, alpha, operators, space, norm, nodes, 1, dropout), targets)
+
+
+def nas_pc_lora(
+    *,
+    rank: int = 4,
+    alpha: float | None = None,
+    operators: str = "",
+    space: str = "linear",
+    norm: str = "instance",
+    nodes: int = 1,
+    partial: int = 2,
+    targets: tuple[str, ...] = ("qkv",),
+    dropout: float = 0.0,
+) -> tuple[Rule, ...]:
+    """NAS-LoRA whose cell sees some of the channels (partial channels, Xu et al. 2020)."""
+    _check_targets(targets, ("qkv", "q", "k", "v", "proj", "mlp"))
+    config = NASLoRA(rank, alpha, operators, space, norm, nodes, partial, dropout)
+    return _linear_rules(config, targets)
+
+
 def _check_targets(targets: tuple[str, ...], known: tuple[str, ...]) -> None:
     """Raises ValueError for a target that there is not, or for none."""
     unknown = [name for name in targets if name not in known]
@@ -371,4 +416,6 @@ RECIPES: dict[str, Recipe] = {
     "ssf": Recipe(ssf),
     "sam_parser": Recipe(sam_parser, _sam_parser_rate),
     "conv_lora": Recipe(conv_lora, 3e-4),
+    "nas_lora": Recipe(nas_lora, 3e-4),
+    "nas_pc_lora": Recipe(nas_pc_lora, 3e-4),
 }

@@ -25,6 +25,7 @@ from samjax.peft.fact import FacT
 from samjax.peft.houlsby import Houlsby
 from samjax.peft.lora import LoRA
 from samjax.peft.lora_conv import LoRAConv
+from samjax.peft.nas_lora import NASLoRA
 from samjax.peft.sam_parser import SAMParser
 from samjax.peft.ssf import SSF
 
@@ -40,6 +41,7 @@ METHODS: dict[str, type[Method]] = {
     "adaptformer": AdaptFormer,
     "ssf": SSF,
     "sam_parser": SAMParser,
+    "nas_lora": NASLoRA,
 }
 
 

@@ -118,9 +118,8 @@ def test_cells_are_torchs(space, partial, nodes, norm):
 def test_skip_alone_is_lora():
     delta = record(NASLoRA(operators="skip_connect"))
     x = tokens()
-    expected = (
-        float(delta.scale) * x.astype(np.float64) @ np.float64(delta.a) @ np.float64(delta.b)[0]
-    )
+    factors = np.float64(delta.a) @ np.float64(delta.b)[0]
+    expected = float(delta.scale) * x.astype(np.float64) @ factors
     np.testing.assert_allclose(delta.update(site(), jnp.asarray(x), Context()), expected, atol=1e-4)
 
 
@@ -134,13 +133,13 @@ def test_a_linear_cell_collapses_exactly(partial):
         small.update(where, x, Context()), torch_update(delta, x), rtol=1e-5, atol=1e-5
     )
     assert small.kernel.shape == (9, 9, 4, 4)
-    with pytest.raises(NotMergeable, match="9 x 9 tokens.*convolution of 4 channels stays"):
+    with pytest.raises(NotMergeable, match=r"9 x 9 tokens.*convolution of 4 channels stays"):
         delta.merge(where.info, where.kernel, None, Context())
 
 
 @pytest.mark.parametrize("partial", [1, 2])
 def test_what_looks_at_one_token_folds_into_the_kernel(partial):
-    segments = Segments(("q", "k", "v"), "blocks")
+    segments = Segments(("q", "k", "v"), "thirds", 2)
     where = site(segments)
     settings = NASLoRA(rank=4, alpha=2.0, operators="none+skip_connect", partial=partial)
     delta = record(settings, ("q", "v"), where)
