@@ -29,7 +29,6 @@ reconstruction.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -117,7 +116,7 @@ class NASLoRADelta(Additive):
             states.append(sum(w * y for w, y in zip(weights, incoming, strict=True)))
         return sum(states[1:], start=jnp.zeros(())) / (len(states) - 1)
 
-    def edge_weights(self, first: int, count: int) -> Sequence[Any]:
+    def edge_weights(self, first: int, count: int) -> Any:
         """Those of `count` edges into one node; they sum to 1."""
         if self.beta is None:
             return [1.0] * count

@@ -69,7 +69,7 @@ class MethodConfig:
     balance: float | None = None
     # How many of the encoder's last blocks train (last_k).
     blocks: int | None = None
-    # Candidate operators of a searchable cell, joined by +, or found ones of each edge, joined by |.
+    # Operators of a searchable cell, joined by +; those that were found for each edge, by |.
     operators: str | None = None
     # Which operators a searchable cell has: linear ones, which collapse, or those of DARTS.
     space: Literal["linear", "darts"] | None = None
