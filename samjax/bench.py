@@ -109,14 +109,16 @@ class Step:
     def __init__(self, model: Sam, config: Config, params: Any, batch: dict[str, Any]) -> None:
         spec = config.method.spec()
         base = {"params": params, "peft": peft_lib.attach(spec, model, params, jax.random.key(0))}
-        step, self._state, self._frozen = prepare(config, model, spec, base, config.num_steps(1000))
+        trainer = prepare(config, model, spec, base, config.num_steps(1000))
+        # Of several stages the one in which most trains.
+        stage = max((span.stage for span in trainer.spans), key=lambda stage: len(stage.groups))
+        step, self._state, self._frozen = trainer.step(stage), trainer.state, trainer.frozen
         self._batch = batch
         arguments = self._state, self._frozen, batch
         traced = step.trace(*arguments)
         # Dense attention keeps what chunks compute again, and multiplies the same.
-        twin, *_ = prepare(
-            config, model.clone(attention="dense"), spec, base, config.num_steps(1000)
-        )
+        dense = model.clone(attention="dense")
+        twin = prepare(config, dense, spec, base, config.num_steps(1000)).step(stage)
         self.flops = program_flops(traced.jaxpr)
         self.needed_flops = program_flops(twin.trace(*arguments).jaxpr)
         self.trainable = sum(leaf.size for leaf in jax.tree.leaves(self._state.train))

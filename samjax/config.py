@@ -25,6 +25,8 @@ from samjax.data.prompts import PromptConfig
 from samjax.files import read_record
 from samjax.peft.recipes import MethodConfig
 from samjax.training.losses import LossConfig
+from samjax.training.stages import Stage
+from samjax.training.stages import parse as parse_stage
 from samjax.training.step import OptimizerConfig
 
 _FLAT = tyro.conf.arg(name="")
@@ -56,6 +58,10 @@ class Config:
     split_seed: int = 0
     method: Annotated[MethodConfig, _FLAT] = MethodConfig()
     optimizer: Annotated[OptimizerConfig, _FLAT] = OptimizerConfig()
+    # Stages of training, each SHARE:GROUPS (of weights, arch, decoder, or all), such as
+    # 0.3:weights+decoder, with :split where architecture and weights see a half of the data each;
+    # left out, those of the method; 1:all is one in which everything trains.
+    stages: tuple[str, ...] | None = None
     # What training minimises; the kinds are in `samjax.training.losses`.
     loss: LossConfig = LossConfig()
     # The mixture of prompts in training: weights of no prompt, a jittered box, points.
@@ -127,6 +133,14 @@ class Config:
             raise ValueError(
                 f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}"
             )
+        if (
+            any(stage.split for stage in self.parsed_stages())
+            and (self.batch_size // self.accumulate) % 2
+        ):
+            raise ValueError(
+                "a stage with split takes half of each batch from each half of the data: choose an "
+                f"even number of images, not {self.batch_size // self.accumulate} at a time"
+            )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2**32), not {self.seed}")
         if not math.isfinite(self.epochs):
@@ -139,6 +153,11 @@ class Config:
         if self.steps is not None:
             return self.steps
         return max(1, round(self.epochs * num_images / self.batch_size))
+
+    def parsed_stages(self) -> tuple[Stage, ...]:
+        """The stages of the run; () where everything trains all the time."""
+        texts = self.method.stages if self.stages is None else self.stages
+        return tuple(parse_stage(text) for text in texts)
 
     @property
     def evaluation_prompt(self) -> Literal["none", "box", "point"]:
@@ -164,6 +183,7 @@ class Config:
         data = self.to_json()
         data["method"] = self.method.resolved()
         data["optimizer"]["learning_rate"] = self.learning_rate
+        data["stages"] = self.method.stages if self.stages is None else self.stages
         return data
 
     def to_json(self) -> dict[str, Any]:

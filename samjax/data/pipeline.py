@@ -58,6 +58,7 @@ def train_batches(
     seed: int,
     prompts: PromptConfig,
     augment: AugmentConfig,
+    split: bool = False,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.MapDataset:
@@ -69,6 +70,9 @@ def train_batches(
     `samjax.preprocess.prepare_mask` does and index () int32, the position in the source, all with a
     leading batch axis.
 
+    With `split` the samples are cut into two halves once, by the seed, and rows come from one and
+    the other in turn; each half is shuffled in its own epochs.
+
     `batch_size` is global: of `process_count` processes each gets the samples p, p + count, ... of
     the global batch, `batch_size / process_count` of them.
     """
@@ -76,6 +80,11 @@ def train_batches(
     if batch_size % process_count:
         raise ValueError(
             f"batch_size {batch_size} is not a multiple of the {process_count} processes"
+        )
+    if split and (len(source) < 2 or batch_size // process_count % 2):
+        raise ValueError(
+            f"two halves of {len(source)} samples cannot fill a batch of "
+            f"{batch_size // process_count} in equal parts; give an even batch_size"
         )
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must lie in [0, 2**32), but is {seed}")
@@ -88,12 +97,19 @@ def train_batches(
         mask = prepare_mask(sample.mask, frame)
         return {**prepared, "mask": mask, "index": np.int32(index)}
 
-    # The random map comes after the repetition, so that an image is changed anew in every epoch.
-    # As many epochs as leave every length of the chain an index-sized integer.
-    epochs = 2**62 // len(source)
-    positions = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(epochs)
-    own = positions.random_map(load)[process_index::process_count]
-    return own.batch(batch_size // process_count)
+    def stream(positions: grain.MapDataset) -> grain.MapDataset:
+        # The random map comes after the repetition, so that an image is changed anew in every
+        # epoch. As many epochs as leave every length of the chain an index-sized integer.
+        epochs = 2**62 // len(source)
+        endless = positions.seed(seed).shuffle().repeat(epochs)
+        return endless.random_map(load)[process_index::process_count]
+
+    if not split:
+        return stream(grain.MapDataset.range(len(source))).batch(batch_size // process_count)
+    order = np.random.default_rng(seed).permutation(len(source))
+    halves = (np.sort(half) for half in np.array_split(order, 2))
+    streams = [stream(grain.MapDataset.source(half)) for half in halves]
+    return grain.MapDataset.mix(streams).batch(batch_size // process_count)
 
 
 def batches_from(

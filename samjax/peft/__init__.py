@@ -16,7 +16,16 @@ from samjax.peft.report import Report, report
 from samjax.peft.sam_parser import SAMParser
 from samjax.peft.spec import Freeze, PeftSpec, Rule, Train
 from samjax.peft.ssf import SSF
-from samjax.peft.trees import attach, check_sites, combine, groups, merge, partition, trainable
+from samjax.peft.trees import (
+    attach,
+    check_sites,
+    combine,
+    groups,
+    merge,
+    metrics,
+    partition,
+    trainable,
+)
 from samjax.peft.verify import verify_merge
 
 __all__ = [
@@ -51,6 +60,7 @@ __all__ = [
     "interpolate",
     "load",
     "merge",
+    "metrics",
     "pad_rank",
     "partition",
     "pick",

@@ -65,6 +65,10 @@ class Record:
         """The record with each array replaced by the name of its group."""
         return self._map_fields(lambda field, _: field["group"], Record.groups)
 
+    def metrics(self) -> dict[str, Any]:
+        """Numbers about the record that are worth a place in a run's log, by name."""
+        return {}
+
     def decays(self) -> Any:
         """The record with each array replaced by whether weight decay acts on it."""
         return self._map_fields(lambda field, leaf: field["decay"] and leaf.ndim > 1, Record.decays)

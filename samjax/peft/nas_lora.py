@@ -116,6 +116,22 @@ class NASLoRADelta(Additive):
             states.append(sum(w * y for w, y in zip(weights, incoming, strict=True)))
         return sum(states[1:], start=jnp.zeros(())) / (len(states) - 1)
 
+    def shares(self) -> list[dict[str, Any]]:
+        """Of each edge, the weight of each operator in the mixture."""
+        return [
+            dict(zip(names, jax.nn.softmax(alpha), strict=True))
+            for names, alpha in zip(self.edges, self.alpha, strict=True)
+        ]
+
+    def metrics(self) -> dict[str, Any]:
+        """Of each edge the entropy of its mixture, in nats, and each operator's share."""
+        found = {}
+        for i, shares in enumerate(self.shares()):
+            values = jnp.stack(list(shares.values()))
+            found[f"edge_{i}/entropy"] = jax.scipy.special.entr(values).sum()
+            found |= {f"edge_{i}/{name}": share for name, share in shares.items()}
+        return found
+
     def edge_weights(self, first: int, count: int) -> Any:
         """Those of `count` edges into one node; they sum to 1."""
         if self.beta is None:

@@ -122,6 +122,11 @@ class MethodConfig:
         return {"method": self.method, **settings, "decoder": self.decoder}
 
     @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages of the method's training."""
+        return RECIPES[self.method].stages
+
+    @property
     def learning_rate(self) -> float:
         """The peak learning rate that suits the method."""
         rate = RECIPES[self.method].learning_rate
@@ -135,6 +140,8 @@ class Recipe:
     rules: Callable[..., tuple[Rule, ...]]
     # Peak learning rate of what the rules train, or a function that tells it from the settings.
     learning_rate: float | Callable[..., float] = 1e-3
+    # The stages of its training (`samjax.training.stages`); () is one in which all of it trains.
+    stages: tuple[str, ...] = ()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -399,6 +406,9 @@ def _linear_rules(config: Any, targets: tuple[str, ...], conv: Any = None) -> tu
     return tuple(rules)
 
 
+# Warm-up with the architecture as it is (PC-DARTS), then both, then what was found as it is.
+_SEARCH = ("0.3:weights+decoder", "0.4:all", "0.3:weights+decoder")
+
 RECIPES: dict[str, Recipe] = {
     "decoder": Recipe(decoder, DECODER_LEARNING_RATE),
     "bitfit": Recipe(bitfit),
@@ -416,6 +426,6 @@ RECIPES: dict[str, Recipe] = {
     "ssf": Recipe(ssf),
     "sam_parser": Recipe(sam_parser, _sam_parser_rate),
     "conv_lora": Recipe(conv_lora, 3e-4),
-    "nas_lora": Recipe(nas_lora, 3e-4),
-    "nas_pc_lora": Recipe(nas_pc_lora, 3e-4),
+    "nas_lora": Recipe(nas_lora, 3e-4, _SEARCH),
+    "nas_pc_lora": Recipe(nas_pc_lora, 3e-4, _SEARCH),
 }

@@ -77,6 +77,15 @@ def deltas(peft: Any) -> dict[str, Delta]:
     return {"/".join(path[:-1]): record for path, record in flat.items() if is_delta(record)}
 
 
+def metrics(peft: Any) -> dict[str, Any]:
+    """What the deltas of a `peft` tree tell of themselves, each under its site's path."""
+    return {
+        f"{path}/{name}": value
+        for path, delta in deltas(peft).items()
+        for name, value in delta.metrics().items()
+    }
+
+
 def shared_names(delta: Delta) -> list[str]:
     """The names of the records in `peft["shared"]` that a delta needs."""
     inner = [name for part in getattr(delta, "deltas", ()) for name in shared_names(part)]

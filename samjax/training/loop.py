@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from rich.console import Console
 
 from samjax import peft as peft_lib
@@ -23,6 +24,7 @@ from samjax.training import memory
 from samjax.training.checkpoint import Best, Checkpoints
 from samjax.training.feed import Feed
 from samjax.training.log import MetricsLog
+from samjax.training.stages import Span, Stage, spans
 from samjax.training.step import (
     TrainState,
     finite_names,
@@ -70,15 +72,8 @@ def fit(
     refuses, and RuntimeError where memory runs out.
     """
     steps = config.num_steps(len(source))
-    train_step, state, frozen = prepare(config, model, spec, base, steps)
-    dataset = train_batches(
-        source,
-        frame=model.config.frame,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        prompts=config.prompts,
-        augment=config.augment,
-    )
+    trainer = prepare(config, model, spec, base, steps)
+    state, frozen = trainer.state, trainer.frozen
     with (
         contextlib.closing(Checkpoints(out / "checkpoints", config.best_metric)) as checkpoints,
         progress_bar(console) as bar,
@@ -91,11 +86,21 @@ def fit(
         log = MetricsLog(out / "metrics.jsonl", start)
         task = bar.add_task("training", total=steps, completed=start, note="compiling")
         ended = start == steps or _out_of_patience(config, checkpoints.best(), start)
-        feed = Feed(batches_from(dataset, start, start if ended else steps))
+        span = feed = train_step = None
         while not ended:
+            begins = span is None or step == span.stop
+            if begins:
+                span = next(span for span in trainer.spans if step < span.stop)
+                dataset = _dataset(config, model, source, span.stage)
+                feed = Feed(batches_from(dataset, step, span.stop))
             inputs, images = _take(feed, source, checkpoints, state)
-            if step == start:
-                train_step, needs = _compile(console, train_step, state, frozen, inputs)
+            if begins:
+                if len(trainer.spans) > 1:
+                    console.print(_announce(trainer.spans.index(span), trainer.spans))
+                bar.update(task, note="compiling")
+                train_step, needs = _compile(
+                    console, trainer.step(span.stage), state, frozen, inputs
+                )
                 write_json(out / STEP_MEMORY, dataclasses.asdict(needs))
             with memory.exhaustion():
                 state, logs = train_step(state, frozen, inputs)
@@ -110,13 +115,14 @@ def fit(
                     "--resume, or start anew with a lower learning_rate"
                 )
             bar.advance(task)
-            if step == start + 1:
+            if begins:
                 bar.update(task, note="")
             validates = validate is not None and _is_due(step, config.validate_every, steps)
             saves = validates or _is_due(step, config.checkpoint_every, steps) or stop.requested
             writes = saves or _is_due(step, config.log_every, steps)
             if writes:
                 log.stop_clock(step)
+                logs |= peft_lib.metrics(state.train["peft"])
                 values = {key: float(value) for key, value in logs.items()}
                 metrics = None
                 if validate is not None and validates:
@@ -127,7 +133,7 @@ def fit(
                 bar.update(task, note=_note(values))
                 if saves:
                     checkpoints.save(state, metrics)
-            if writes or step == start + 1:  # the first step's time is mostly compilation
+            if writes or begins:  # a stage's first step is mostly compilation
                 log.start_clock(step)
             if saves and stop.requested:  # else it came too late for a save: the next step's
                 raise Interrupted(
@@ -146,27 +152,71 @@ def fit(
     return Fitted(variables, step, kept_step, best, log.seconds_per_step())
 
 
-def prepare(
-    config: Config, model: Sam, spec: peft_lib.PeftSpec, base: Any, steps: int
-) -> tuple[Any, TrainState, Any]:
-    """What `fit` trains with: the step, the state before it, and the leaves that stay as they are.
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """What `fit` trains with."""
 
-    `base` survives: its trained leaves are copied, the others are shared.
+    spans: list[Span]  # the stages of the run
+    state: TrainState  # before the first step
+    frozen: Any  # the leaves that stay as they are
+    step: Callable[[Stage], Any]  # the step of a stage, to be compiled
+
+
+def prepare(config: Config, model: Sam, spec: peft_lib.PeftSpec, base: Any, steps: int) -> Trainer:
+    """The steps of a run of `steps`, and where it starts.
+
+    `base` survives: its trained leaves are copied, the others are shared. Raises ValueError for
+    stages that the run cannot have.
     """
     train_leaves, frozen = peft_lib.partition(base, peft_lib.trainable(spec, model, base))
     labels = trained_labels(peft_lib.groups(spec, model, base))
-    optimizer = make_optimizer(config.optimizer, steps, labels, config.learning_rate)
-    train_step = make_train_step(
-        model,
-        optimizer,
-        loss=config.loss,
-        corrective_points=config.prompts.corrective_points,
-        seed=config.seed,
-        accumulate=config.accumulate,
-    )
+    present = set(jax.tree.leaves(labels))
+    stages = spans(config.parsed_stages(), steps, present)
+    trained = {
+        name: sum(span.stop - span.start for span in stages if name in span.stage.groups) or 1
+        for name in present
+    }
+
+    def optimizer(stage: Stage) -> optax.GradientTransformation:
+        return make_optimizer(config.optimizer, trained, labels, config.learning_rate, stage.groups)
+
+    def step(stage: Stage) -> Any:
+        return make_train_step(
+            model,
+            optimizer(stage),
+            loss=config.loss,
+            corrective_points=config.prompts.corrective_points,
+            seed=config.seed,
+            accumulate=config.accumulate,
+            labels=labels,
+            stage=stage,
+        )
+
     # Copied, since the step donates its state and `base` must survive it.
-    first = jax.jit(lambda leaves: init_state(jax.tree.map(jnp.copy, leaves), optimizer))
-    return train_step, first(train_leaves), frozen
+    first = jax.jit(
+        lambda leaves: init_state(jax.tree.map(jnp.copy, leaves), optimizer(stages[0].stage))
+    )
+    return Trainer(stages, first(train_leaves), frozen, step)
+
+
+def _dataset(config: Config, model: Sam, source: Dataset, stage: Stage) -> Any:
+    """The batches of a stage."""
+    return train_batches(
+        source,
+        frame=model.config.frame,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        prompts=config.prompts,
+        augment=config.augment,
+        split=stage.split,
+    )
+
+
+def _announce(number: int, stages: list[Span]) -> str:
+    span = stages[number]
+    groups = " and ".join(sorted(span.stage.groups))
+    steps = f"steps {span.start + 1} to {span.stop}"
+    return f"stage {number + 1} of {len(stages)}, {steps}: {groups} train"
 
 
 def _take(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -19,11 +19,12 @@ from flax import struct
 from jaxtyping import Array, Int
 
 from samjax.models import Sam
-from samjax.peft.delta import UNTRAINED, is_record
+from samjax.peft.delta import ARCH, UNTRAINED, is_record
 from samjax.peft.recipes import DECODER_LEARNING_RATE
 from samjax.peft.trees import combine
 from samjax.training.losses import LossConfig
 from samjax.training.objective import objective
+from samjax.training.stages import Stage
 
 _BCE_DICE = LossConfig()
 
@@ -37,6 +38,10 @@ class OptimizerConfig:
     learning_rate: float | None = None
     # Peak learning rate of the mask decoder, whatever the method is.
     decoder_learning_rate: float = DECODER_LEARNING_RATE
+    # Learning rate of architecture parameters (Adam, constant), where a method searches for one.
+    arch_learning_rate: float = 3e-4
+    # Adam's weight decay of architecture parameters.
+    arch_weight_decay: float = 1e-3
     # AdamW's decoupled weight decay, of matrices: biases, norms and other vectors have none.
     weight_decay: float = 1e-4
     # Share of all steps over which the learning rate rises from zero.
@@ -45,26 +50,41 @@ class OptimizerConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "decoder_learning_rate"):
+        for name in ("learning_rate", "decoder_learning_rate", "arch_learning_rate"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be positive and finite, not {value}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a share of all steps in [0, 1), not {self.warmup}")
-        if not self.clip > 0 or not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            raise ValueError("clip must be positive and weight_decay not negative")
+        decays = self.weight_decay, self.arch_weight_decay
+        if not self.clip > 0 or not all(0 <= decay < math.inf for decay in decays):
+            raise ValueError("clip must be positive, and neither weight decay negative")
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, labels: Any, learning_rate: float
+    config: OptimizerConfig,
+    steps: int | Mapping[str, int],
+    labels: Any,
+    learning_rate: float,
+    active: Collection[str] | None = None,
 ) -> optax.GradientTransformation:
     """The optimiser of the trained leaves; `labels` is their tree of group names.
 
-    `learning_rate` is the peak of all but the mask decoder (`Config.learning_rate`, which knows the
-    method's own where the config has none).
+    `steps`: how many there are, or for each group how many in which it trains. `learning_rate` is
+    the peak of what is neither mask decoder nor architecture (`Config.learning_rate`, which knows
+    the method's own where the config has none). Groups that are not `active` stay as they are, and
+    so does what the optimiser knows of them; its state has one form for all stages of a run.
     """
 
-    def adamw(peak: float) -> optax.GradientTransformation:
+    def of_group(name: str) -> optax.GradientTransformation:
+        if name == ARCH:
+            # DARTS's: the decay is part of the gradient, and there is no schedule.
+            decay = optax.add_decayed_weights(config.arch_weight_decay)
+            return optax.chain(decay, optax.adam(config.arch_learning_rate, b1=0.5, b2=0.999))
+        peak = config.decoder_learning_rate if name == "decoder" else learning_rate
+        return adamw(peak, steps if isinstance(steps, int) else steps[name])
+
+    def adamw(peak: float, steps: int) -> optax.GradientTransformation:
         warmup = min(steps - 1, max(1, round(config.warmup * steps))) if config.warmup else 0
         schedule = optax.warmup_cosine_decay_schedule(
             init_value=0.0 if warmup else peak,
@@ -74,10 +94,20 @@ def make_optimizer(
         )
         return optax.adamw(schedule, weight_decay=config.weight_decay, mask=_decays)
 
-    present = set(jax.tree.leaves(labels))
-    peaks = {"decoder": config.decoder_learning_rate}
-    by_group = {name: adamw(peaks.get(name, learning_rate)) for name in present}
+    by_group = {}
+    for name in sorted(set(jax.tree.leaves(labels))):
+        optimizer = of_group(name)
+        by_group[name] = optimizer if active is None or name in active else _held(optimizer)
     return optax.chain(optax.clip_by_global_norm(config.clip), optax.partition(by_group, labels))
+
+
+def _held(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Changes nothing, and keeps the state that `optimizer` would have."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.tree.map(jnp.zeros_like, updates), state
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def _decays(train: Any) -> Any:
@@ -124,6 +154,8 @@ def make_train_step(
     corrective_points: int = 0,
     seed: int = 0,
     accumulate: int = 1,
+    labels: Any = None,
+    stage: Stage | None = None,
 ) -> Callable[[TrainState, Any, dict[str, Any]], tuple[TrainState, dict[str, Any]]]:
     """`step(state, frozen, batch) -> (state, logs)`, compiled; the old state's buffers are reused.
 
@@ -133,16 +165,39 @@ def make_train_step(
     the batch is cut into k parts whose gradients are averaged before one update: the memory of
     b / k images.
 
+    In a `stage` the gradient is taken in its groups alone, by the tree of `labels`. Where the stage
+    keeps halves of the data apart, rows of the batch come from one and the other in turn: the loss
+    of the first, third, ... is differentiated in all groups but the architecture, that of the
+    others in the architecture alone, both at the same state (first-order DARTS), and `logs` has
+    the latter as arch_loss.
+
     `logs` are float32 scalars, and the int32 `bad_leaf`: -1, or the first of `finite_names` that is
     NaN or infinite. Then the state stays as it was, to the bit and with its step.
     """
 
-    def loss_fn(train: Any, frozen: Any, batch: dict[str, Any], rng: Any) -> Any:
-        return objective(model, combine(train, frozen), batch, rng, loss, corrective_points)
-
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-
     def gradients(train: Any, frozen: Any, batch: dict[str, Any], rng: Any) -> Any:
+        if stage is None or not stage.split:
+            return gradients_in(None if stage is None else stage.groups, train, frozen, batch, rng)
+        first, second = (jax.tree.map(lambda x, i=i: x[i::2], batch) for i in (0, 1))
+        groups = stage.groups - {ARCH}
+        (value, terms), grads = gradients_in(groups, train, frozen, first, rng)
+        rng = jax.random.fold_in(rng, 1)
+        (other, _), arch_grads = gradients_in({ARCH}, train, frozen, second, rng)
+        return (value, {**terms, "arch_loss": other}), jax.tree.map(jnp.add, grads, arch_grads)
+
+    def gradients_in(
+        groups: Collection[str] | None, train: Any, frozen: Any, batch: dict[str, Any], rng: Any
+    ) -> Any:
+        """Those in `groups` (None: in all); zeros elsewhere."""
+
+        def loss_fn(train: Any, frozen: Any, batch: dict[str, Any], rng: Any) -> Any:
+            if groups is not None:
+                train = jax.tree.map(
+                    lambda name, x: x if name in groups else jax.lax.stop_gradient(x), labels, train
+                )
+            return objective(model, combine(train, frozen), batch, rng, loss, corrective_points)
+
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         if accumulate == 1:
             return grad_fn(train, frozen, batch, rng)
         parts = jax.tree.map(
