@@ -256,3 +256,46 @@ def test_processes_share_one_stream(count):
                 np.testing.assert_array_equal(value[process::count], own[key])
     with pytest.raises(ValueError, match="batch_size 6 is not a multiple of the 4 processes"):
         batches(process_index=0, process_count=4)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_halves_of_the_data_take_turns_in_the_rows(count):
+    """Whole epochs of each half, and no image in both, for any number of processes."""
+
+    def rows(process):
+        dataset = train_batches(
+            ListSource(8),
+            frame=Frame(32, 32),
+            batch_size=4,
+            seed=3,
+            prompts=PROMPTS,
+            augment=NO_AUGMENTATION,
+            split=True,
+            process_index=process,
+            process_count=count,
+        )
+        return np.stack([dataset[i]["index"] for i in range(6)])
+
+    # Six batches of four rows: each half of four images is seen three times.
+    every = np.concatenate([rows(process) for process in range(count)], axis=1)
+    first, second = every[:, ::2], every[:, 1::2]
+    for half in (first, second):
+        values, times = np.unique(half, return_counts=True)
+        assert len(values) == 4 and (times == 3).all()
+        epochs = half.reshape(3, 4)
+        assert all(len(set(epoch)) == 4 for epoch in epochs)
+    assert not set(first.ravel()) & set(second.ravel())
+
+
+def test_halves_need_even_batches():
+    for size, samples in ((3, 8), (2, 1)):
+        with pytest.raises(ValueError, match="give an even batch_size"):
+            train_batches(
+                ListSource(samples),
+                frame=Frame(32, 32),
+                batch_size=size,
+                seed=0,
+                prompts=PROMPTS,
+                augment=NO_AUGMENTATION,
+                split=True,
+            )
