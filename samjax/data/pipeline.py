@@ -107,7 +107,7 @@ def train_batches(
     if not split:
         return stream(grain.MapDataset.range(len(source))).batch(batch_size // process_count)
     order = np.random.default_rng(seed).permutation(len(source))
-    halves = (np.sort(half) for half in np.array_split(order, 2))
+    halves = (np.sort(half).tolist() for half in np.array_split(order, 2))
     streams = [stream(grain.MapDataset.source(half)) for half in halves]
     return grain.MapDataset.mix(streams).batch(batch_size // process_count)
 
