@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from samjax.config import Config
+from samjax.evaluation.metrics import TITLES
 from samjax.files import write_beside, write_json
 from samjax.training.memory import gigabytes
 
@@ -38,15 +39,19 @@ class Row:
     learning_rate: float | None = None  # of what the method trains
     decoder_learning_rate: float | None = None  # None where the decoder does not train
     trainable: int | None = None  # numbers
-    dice_before: float | None = None
-    iou_before: float | None = None
-    dice: float | None = None
-    iou: float | None = None
+    before: Mapping[str, float] = dataclasses.field(default_factory=dict)  # metrics
+    after: Mapping[str, float] = dataclasses.field(default_factory=dict)
     steps: int | None = None
     steps_per_second: float | None = None  # by the median
     step_bytes: int | None = None
     step_bytes_from: str | None = None  # compiler or estimate
     adapter_file_bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields, each metric as METRIC_before and METRIC."""
+        fields = dataclasses.asdict(self)
+        before, after = fields.pop("before"), fields.pop("after")
+        return {**fields, **{f"{name}_before": value for name, value in before.items()}, **after}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +76,16 @@ class Line:
     failed: tuple[int, ...]  # seeds
     learning_rate: float | None
     trainable: int | None
-    dice: Spread | None
-    iou: Spread | None
+    metrics: Mapping[str, Spread]
     steps_per_second: float | None = None
     step_bytes: int | None = None
     step_bytes_from: str | None = None
     adapter_file_bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields, each metric as one of them."""
+        fields = dataclasses.asdict(self)
+        return {**fields, **fields.pop("metrics")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +103,14 @@ class Comparison:
 
     def lines(self) -> list[Line]:
         """The baseline, where it is known, and then a line for each method."""
-        rows = {row.seed: row for row in self.rows if row.dice_before is not None}
+        rows = {row.seed: row for row in self.rows if row.before}
         baseline = Line(
             method=_BASELINE,
             seeds=tuple(rows),
             failed=(),
             learning_rate=None,
             trainable=0,
-            dice=_spread([row.dice_before for row in rows.values()]),
-            iou=_spread([row.iou_before for row in rows.values()]),
+            metrics=_spreads([row.before for row in rows.values()]),
         )
         methods = dict.fromkeys(row.method for row in self.rows)
         return [baseline] * bool(rows) + [self._line(method) for method in methods]
@@ -118,8 +126,7 @@ class Comparison:
             failed=tuple(row.seed for row in rows if row.state == "failed"),
             learning_rate=rows[0].learning_rate,
             trainable=done[0].trainable if done else None,
-            dice=_spread([row.dice for row in done]),
-            iou=_spread([row.iou for row in done]),
+            metrics=_spreads([row.after for row in done]),
             steps_per_second=speeds and speeds.mean,
             step_bytes=largest and largest.step_bytes,
             step_bytes_from=largest and largest.step_bytes_from,
@@ -153,18 +160,19 @@ class Comparison:
         """What compare.json holds."""
         return {
             "budget": self.budget(),
-            "methods": [dataclasses.asdict(line) for line in self.lines()],
-            "runs": [dataclasses.asdict(row) for row in self.rows],
+            "methods": [line.to_json() for line in self.lines()],
+            "runs": [row.to_json() for row in self.rows],
             "errors": self.errors,
         }
 
     def print(self, console: Console) -> None:
         """Prints the methods, the budget and what failed."""
         table = Table(box=box.SIMPLE)
-        for i, name in enumerate(_COLUMNS):
+        names, *rows = self._table()
+        for i, name in enumerate(names):
             table.add_column(name, justify="right" if i else "left", overflow="fold")
-        for line in self.lines():
-            table.add_row(*_cells(line))
+        for row in rows:
+            table.add_row(*row)
         # As wide as it needs to be: what is no terminal counts as a narrow one.
         table.width = console.measure(table, options=console.options.update(width=200)).maximum
         console.print(table, crop=False)
@@ -180,20 +188,24 @@ class Comparison:
 
     def markdown(self) -> str:
         """The methods, the budget, what failed, and the runs."""
-        methods = _markdown(_COLUMNS, [_cells(line) for line in self.lines()])
-        runs = [
-            [row.method, str(row.seed), row.state, *(_number(v) for v in _metrics(row))]
-            for row in self.rows
-        ]
-        names = ["method", "seed", "run", "Dice before", "IoU before", "Dice", "IoU", "steps/s"]
-        parts = [methods, self.budget(), *self._failures(), _markdown(names, runs)]
+        runs = [["method", "seed", "run", *(TITLES[m] for m in self._metrics()), "steps/s"]]
+        for row in self.rows:
+            values = [*(row.after.get(metric) for metric in self._metrics()), row.steps_per_second]
+            runs.append([row.method, str(row.seed), row.state, *map(_number, values)])
+        parts = [_markdown(self._table()), self.budget(), *self._failures(), _markdown(runs)]
         return "\n\n".join(parts) + "\n"
 
+    def _metrics(self) -> list[str]:
+        """Those that some run has."""
+        known = {name for row in self.rows for name in row.after} or {"dice", "iou"}
+        return [name for name in TITLES if name in known]
 
-_COLUMNS = (
-    *("method", "learning rate", "trainable numbers", "seeds", "Dice", "IoU"),
-    *("steps/s", "memory of a step", "adapter file"),
-)
+    def _table(self) -> list[list[str]]:
+        """The names of the columns, then the cells of each line."""
+        metrics = self._metrics()
+        names = ["method", "learning rate", "trainable numbers", "seeds"]
+        names += [*(TITLES[name] for name in metrics), *("steps/s", "memory of a step")]
+        return [[*names, "adapter file"], *(_cells(line, metrics) for line in self.lines())]
 
 
 def write(comparison: Comparison, out: Path, plots: bool) -> None:
@@ -205,9 +217,10 @@ def write(comparison: Comparison, out: Path, plots: bool) -> None:
         write_beside(out / "compare.csv") as temporary,
         open(temporary, "w", newline="", encoding="utf-8") as file,
     ):
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
+        rows = [row.to_json() for row in comparison.rows]
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in comparison.rows)
+        writer.writerows(rows)
     if plots and comparison.summaries:
         with write_beside(out / "compare.png") as temporary:
             _plot(comparison, temporary)
@@ -224,16 +237,15 @@ def _plot(comparison: Comparison, path: Path) -> None:
     axes.grid(alpha=0.3)
     counts = []
     for i, line in enumerate(comparison.lines()):
-        if line.dice is None:
+        dice = line.metrics.get("dice")
+        if dice is None:
             continue
         if not line.trainable:
-            axes.axhline(line.dice.mean, color="grey", linestyle="--", label=line.method)
+            axes.axhline(dice.mean, color="grey", linestyle="--", label=line.method)
             continue
         counts.append(line.trainable)
         style: dict[str, Any] = {"fmt": "osD^v"[i // 10 % 5], "color": f"C{i % 10}", "capsize": 4}
-        axes.errorbar(
-            line.trainable, line.dice.mean, line.dice.deviation, label=line.method, **style
-        )
+        axes.errorbar(line.trainable, dice.mean, dice.deviation, label=line.method, **style)
     if counts and max(counts) < 10 * min(counts):  # too few powers of ten to tell them apart
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -250,7 +262,16 @@ def _spread(values: Sequence[float | None]) -> Spread | None:
     return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
 
 
-def _cells(line: Line) -> list[str]:
+def _spreads(rows: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
+    """Of each metric that all rows have."""
+    if not rows:
+        return {}
+    known = [name for name in rows[0] if all(name in row for row in rows)]
+    spreads = {name: _spread([row[name] for row in rows]) for name in known}
+    return {name: spread for name, spread in spreads.items() if spread is not None}
+
+
+def _cells(line: Line, metrics: Sequence[str]) -> list[str]:
     failed = f" (failed: seed {', '.join(map(str, line.failed))})" if line.failed else ""
     memory = "" if line.step_bytes is None else gigabytes(line.step_bytes)
     return [
@@ -258,23 +279,19 @@ def _cells(line: Line) -> list[str]:
         "" if line.learning_rate is None else f"{line.learning_rate:g}",
         "" if line.trainable is None else f"{line.trainable:,}",
         ", ".join(map(str, line.seeds)),
-        str(line.dice or ("failed" if line.failed else "")),
-        str(line.iou or ("failed" if line.failed else "")),
+        *(str(line.metrics.get(name, "failed" if line.failed else "")) for name in metrics),
         "" if line.steps_per_second is None else f"{line.steps_per_second:.3g}",
         memory + (" (estimate)" if line.step_bytes_from == "estimate" else ""),
         "" if not line.adapter_file_bytes else f"{line.adapter_file_bytes / 1e6:.2f} MB",
     ]
 
 
-def _metrics(row: Row) -> tuple[float | None, ...]:
-    return row.dice_before, row.iou_before, row.dice, row.iou, row.steps_per_second
-
-
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _markdown(table: Sequence[Sequence[str]]) -> str:
+    names, *rows = table
     rule = ["---", *("--:" for _ in names[1:])]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (names, rule, *rows))
 

@@ -4,7 +4,7 @@ config.json          the run's config
 metrics.jsonl        one line every few steps
 step_memory.json     what a step needs of memory, as its compiler counts it
 checkpoints/         trained leaves and optimiser state, for --resume
-eval_before.csv, eval_after.csv   Dice and IoU of each test image
+eval_before.csv, eval_after.csv   the metrics of each test image
 adapter.safetensors  every trained leaf
 gallery.png          image, truth, before, after
 summary.json         what `samjax train --json` prints
@@ -104,6 +104,8 @@ def evaluate_source(
     variables: Any,
     source: Source,
     on_batch: Callable[[dict[str, Any], np.ndarray], None] = lambda batch, masks: None,
+    *,
+    with_saliency: bool = False,
 ) -> Evaluation:
     """Evaluates a model over a source with the run's evaluation prompt."""
     batches = eval_batches(
@@ -112,7 +114,7 @@ def evaluate_source(
         batch_size=config.eval_batch_size,
         prompts_for=config.evaluation_prompt,
     )
-    return evaluate(model, variables, batches, on_batch)
+    return evaluate(model, variables, batches, on_batch, with_saliency=with_saliency)
 
 
 def _evaluate_with_bar(
@@ -124,7 +126,7 @@ def _evaluate_with_bar(
         def advance(batch: dict[str, Any], masks: np.ndarray) -> None:
             bar.update(task, advance=int(batch["valid"].sum()), note="")
 
-        return evaluate_source(config, model, variables, source, advance)
+        return evaluate_source(config, model, variables, source, advance, with_saliency=True)
 
 
 def finished_run_config(run: Path, **changes: str | None) -> Config:

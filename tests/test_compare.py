@@ -114,7 +114,8 @@ def test_a_table_of_means_and_deviations(trained, tmp_path, console):
 def test_one_seed_has_no_deviation(trained, tmp_path, console):
     result = compare(plan(CONFIG, METHODS, (1,), tmp_path), tmp_path, console)
     line = result.lines()[1]
-    assert line.dice.deviation is None and str(line.dice) == "0.5400"
+    dice = line.metrics["dice"]
+    assert dice.deviation is None and str(dice) == "0.5400"
 
 
 def test_failures_and_interruptions(trained, tmp_path, console, monkeypatch):
@@ -203,7 +204,7 @@ def test_later_commands_add_to_the_table(trained, tmp_path, console):
     ]
     assert [line.method for line in both.lines()[1:]] == list(METHODS)
     assert [line.seeds for line in both.lines()[1:]] == [(0,), (0, 1, 2), (0,)]
-    assert both.lines()[2].dice.mean == pytest.approx(DICE[1].mean())
+    assert both.lines()[2].metrics["dice"].mean == pytest.approx(DICE[1].mean())
     assert len((tmp_path / "compare.csv").read_text().splitlines()) == 6
     assert "not in the table" not in console.file.getvalue()
     # Logging may differ, the budget may not; what is no run of a comparison is told of.

@@ -6,14 +6,17 @@ import csv
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import special
 
 from samjax.evaluation.metrics import overlap
+from samjax.evaluation.saliency import saliency
 from samjax.files import write_beside
 from samjax.models import Prompts, Sam
 from samjax.preprocess import MASK_THRESHOLD, unpad_matrices
@@ -66,15 +69,15 @@ def _predict(model: Sam, variables: Any, batch: dict[str, Any]) -> Any:
 
 
 @jax.jit
-def _measure(logits: Any, rows: Any, columns: Any, truth: Any) -> tuple[dict[str, Any], Any]:
-    """Metrics and masks at the images' own resolutions, padded to a common size.
+def _measure(logits: Any, rows: Any, columns: Any, truth: Any) -> tuple[dict[str, Any], Any, Any]:
+    """Overlap, masks and logits at the images' own resolutions, padded to a common size.
 
     `rows` (b, h, l) and `columns` (b, w, m) are the post-processing matrices of each image, zero
     where it is smaller than (h, w); `truth` (b, h, w) is False there.
     """
     full = jnp.einsum("bih,bhw,bjw->bij", rows, logits, columns, precision="highest")
     masks = full > MASK_THRESHOLD
-    return overlap(masks, truth), masks
+    return overlap(masks, truth), masks, full
 
 
 def evaluate(
@@ -82,25 +85,52 @@ def evaluate(
     variables: Any,
     batches: Iterator[dict[str, Any]],
     on_batch: Callable[[dict[str, Any], np.ndarray], None] = lambda batch, masks: None,
+    *,
+    with_saliency: bool = False,
 ) -> Evaluation:
     """Runs a model over `samjax.data.pipeline.eval_batches`; mask 0 of each prompt counts.
 
     The model compiles once, whatever the sizes of the images. `on_batch(batch, masks)` sees each
-    batch with its predicted masks (b, h, w), padded below and to the right to a common size.
+    batch with its predicted masks (b, h, w), padded below and to the right to a common size. The
+    metrics are those of `overlap`, and `with_saliency` those of `saliency`, which the host's
+    threads compute while the model sees the next batch.
     """
     variables = jax.device_put(variables)
     names: list[str] = []
     collected: dict[str, list[np.ndarray]] = {}
-    for batch in batches:
-        inputs = {key: batch[key] for key in ("image", "input_size", "coords", "labels")}
-        logits = _predict(model, variables, inputs)
-        metrics, masks = _measure(logits, *_postprocessing(model, batch))
-        valid = batch["valid"]
-        names += [name for name, use in zip(batch["names"], valid, strict=True) if use]
-        for key, values in metrics.items():
-            collected.setdefault(key, []).append(np.asarray(values)[valid])
-        on_batch(batch, np.asarray(masks))
+    pending: list[Future[dict[str, float]]] = []
+
+    def collect() -> None:
+        for measured in pending:
+            for key, value in measured.result().items():
+                collected.setdefault(key, []).append(np.array([value]))
+        pending.clear()
+
+    with ThreadPoolExecutor() as threads:
+        for batch in batches:
+            inputs = {key: batch[key] for key in ("image", "input_size", "coords", "labels")}
+            logits = _predict(model, variables, inputs)
+            metrics, masks, full = _measure(logits, *_postprocessing(model, batch))
+            valid = batch["valid"]
+            names += [name for name, use in zip(batch["names"], valid, strict=True) if use]
+            for key, values in metrics.items():
+                collected.setdefault(key, []).append(np.asarray(values)[valid])
+            collect()  # of the batch before: no more than two batches of maps wait
+            if with_saliency:
+                maps = np.asarray(full)
+                pending += [
+                    threads.submit(_saliency, maps[i], batch["truth"][i])
+                    for i in np.flatnonzero(valid)
+                ]
+            on_batch(batch, np.asarray(masks))
+        collect()
     return Evaluation(tuple(names), {k: np.concatenate(v) for k, v in collected.items()})
+
+
+def _saliency(logits: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Of one image, whose logits are padded."""
+    height, width = truth.shape
+    return saliency(special.expit(logits[:height, :width]), truth)
 
 
 def _postprocessing(model: Sam, batch: dict[str, Any]) -> tuple[np.ndarray, ...]:

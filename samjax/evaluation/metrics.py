@@ -5,6 +5,16 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+# How the measures of `overlap` and of `samjax.evaluation.saliency` are written in tables.
+TITLES = {
+    "dice": "Dice",
+    "iou": "IoU",
+    "s_measure": "S-measure",
+    "mean_e_measure": "mean E",
+    "weighted_f_measure": "weighted F",
+    "mae": "MAE",
+}
+
 
 def overlap(
     predicted: Bool[Array, "b h w"], truth: Bool[Array, "b h w"]
