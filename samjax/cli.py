@@ -40,6 +40,8 @@ verbs:
                   --methods decoder lora --seeds 0 1 2
   eval        Dice and IoU of a run, or of an experiment's weights before training
               samjax eval runs/kvasir_lora --split test
+  arch        the architecture that a run of nas_lora found
+              samjax arch runs/kvasir_nas_lora
   params      how many numbers a method trains
               samjax params --model vit_b --method lora
   bench       how fast methods train on this machine
@@ -63,6 +65,7 @@ _VERBS = (
     "train",
     "compare",
     "eval",
+    "arch",
     "params",
     "bench",
     "merge",

@@ -1,13 +1,15 @@
 """PEFT methods as functions from trees to trees."""
 
 from samjax.peft.adaptformer import AdaptFormer
+from samjax.peft.architecture import architecture
+from samjax.peft.collapse import collapse, encoding_flops
 from samjax.peft.compose import Stack, interpolate, pad_rank, pick, scale, side_by_side, stack
 from samjax.peft.conv_lora import ConvLoRA
 from samjax.peft.delta import Delta, NotComposable, NotMergeable
 from samjax.peft.dora import DoRA
 from samjax.peft.fact import FacT
 from samjax.peft.houlsby import Houlsby
-from samjax.peft.io import Adapter, apply, describe, load, read, save
+from samjax.peft.io import Adapter, apply, describe, load, read, records, save
 from samjax.peft.lora import LoRA
 from samjax.peft.lora_conv import LoRAConv
 from samjax.peft.nas_lora import NASLoRA
@@ -20,6 +22,7 @@ from samjax.peft.trees import (
     attach,
     check_sites,
     combine,
+    deltas,
     groups,
     merge,
     metrics,
@@ -52,10 +55,14 @@ __all__ = [
     "Stack",
     "Train",
     "apply",
+    "architecture",
     "attach",
     "check_sites",
+    "collapse",
     "combine",
+    "deltas",
     "describe",
+    "encoding_flops",
     "groups",
     "interpolate",
     "load",
@@ -65,6 +72,7 @@ __all__ = [
     "partition",
     "pick",
     "read",
+    "records",
     "report",
     "save",
     "scale",

@@ -113,6 +113,13 @@ class Delta(Record):
         """The delta whose change of the output is `factor` times this one's."""
         raise NotComposable(f"{type(self).__name__}: {self.alone}")
 
+    def collapsed(self) -> tuple[Delta, Method | None]:
+        """The smallest record with the same effect, and settings whose record has its form.
+
+        Where there is none smaller it is this one, and None.
+        """
+        return self, None
+
     def fingerprint(self) -> Sequence[Any]:
         """Numbers that tell whether derived arrays are those that it was trained with."""
         return ()

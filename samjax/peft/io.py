@@ -243,6 +243,24 @@ def apply(adapter: Adapter, model: Sam, params: Any, name: str = "the adapter") 
     return new_params, peft
 
 
+def records(adapter: Adapter) -> Any:
+    """The `peft` tree of an adapter file, without the weights; what it derives from them is shapes.
+
+    Raises ValueError where the file lacks an array.
+    """
+    model = Sam(adapter.config)
+    params = model.init_params_shapes()
+    shapes = jax.eval_shape(lambda p: attach(adapter.spec, model, p, jax.random.key(0)), params)
+    kinds = _flatten(groups(adapter.spec, model, {"params": params, "peft": shapes})["peft"])
+    leaves = []
+    for key, shape in _flatten(shapes).items():
+        leaf = shape if kinds[key] == DERIVED else adapter.tensors.get(f"peft/{key}")
+        if leaf is None or leaf.shape != shape.shape:
+            raise ValueError(f"the adapter has no peft/{key} of its spec; it cannot be used")
+        leaves.append(leaf)
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
 def _fingerprints(peft: Any) -> dict[str, list[float]]:
     marks = {path: delta.fingerprint() for path, delta in deltas(peft).items()}
     return {path: [float(x) for x in mark] for path, mark in marks.items() if len(mark)}

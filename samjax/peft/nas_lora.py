@@ -42,6 +42,7 @@ from samjax.peft.delta import (
     ARCH,
     BUFFER,
     Additive,
+    Delta,
     Method,
     NotMergeable,
     check_rank,
@@ -51,6 +52,7 @@ from samjax.peft.delta import (
     segment_width,
     static,
 )
+from samjax.peft.edges import Edge, parse_edges
 from samjax.peft.lora import drop, kaiming_uniform
 from samjax.peft.operators import OPERATORS, Norm, Space
 
@@ -156,35 +158,56 @@ class NASLoRADelta(Additive):
             share * _enlarged(kernel, size) for share, kernel in zip(shares, kernels, strict=True)
         )
 
-    def collapsed(self) -> CollapsedDelta:
-        """The cell as one convolution of `rank` channels. Raises NotMergeable where it is none."""
+    def collapsed(self) -> tuple[Delta, Method | None]:
+        """The cell as one convolution of `rank` channels, where it is one."""
+        if self._reason():
+            return self, None
+        delta = self._convolution()
+        return delta, Collapsed(self.rank, delta.kernel.shape[0], self.channels)
+
+    def _reason(self) -> str:
+        """Why no convolution has the cell's effect; empty where one has."""
         if self.space != "linear":
-            raise NotMergeable(
+            return (
                 "the cell of this NAS-LoRA has operators that are not linear (space darts), so no "
                 "convolution has its effect"
             )
         if len(self.edges) > 1:
-            raise NotMergeable(
+            return (
                 f"the cell of this NAS-LoRA has {len(self.edges)} edges, and convolutions after "
                 "each other are not one convolution at the border of a map"
             )
-        kernel, rank = self.edge_kernel(0), self.rank
-        middle, size = kernel.shape[0] // 2, kernel.shape[0]
-        whole = jnp.zeros((size, size, rank, rank), jnp.float32)
-        whole = whole.at[middle, middle].set(jnp.eye(rank))
-        whole = whole.at[:, :, : self.channels, : self.channels].set(kernel)
+        return ""
+
+    def _convolution(self) -> CollapsedDelta:
+        # B in the order of before the shuffle.
+        order = jnp.argsort(jnp.asarray(shuffle(self.rank, self.partial)))
         return CollapsedDelta(
             a=self.a,
-            kernel=whole[..., jnp.asarray(shuffle(rank, self.partial))],
-            b=self.b,
+            kernel=self.edge_kernel(0),
+            b=self.b[:, order],
             scale=self.scale,
             segments=self.segments,
-            dropout=self.dropout,
         )
 
     def kernel_update(self, info: SiteInfo, kernel: Any, ctx: Context) -> Any:
         """scale * A C B, where C is of one token alone. Raises NotMergeable elsewhere."""
-        return self.collapsed().kernel_update(info, kernel, ctx)
+        if reason := self._reason():
+            raise NotMergeable(reason)
+        return self._convolution().kernel_update(info, kernel, ctx)
+
+    def found(self) -> tuple[Edge, ...]:
+        """The edges with the shares and weights that they have now."""
+        weights: list[Any] = [None] * len(self.edges)
+        if self.beta is not None:
+            first, count = 0, 1
+            while first < len(self.edges):
+                weights[first : first + count] = self.edge_weights(first, count).tolist()
+                first, count = first + count, count + 1
+        return tuple(
+            Edge(names, tuple(jax.nn.softmax(alpha).tolist()), weight)
+            for names, alpha, weight in zip(self.edges, self.alpha, weights, strict=True)
+        )
 
     def strongest(self) -> NASLoRADelta:
         """The cell with each edge's strongest operator alone, but none, as DARTS derives it.
@@ -205,22 +228,25 @@ class NASLoRADelta(Additive):
 
 @struct.dataclass
 class CollapsedDelta(Additive):
-    """y = site(x) + scale * conv(x A) B: a cell that has become one convolution."""
+    """y = site(x) + scale * conv(x A) B: a cell that has become one convolution.
+
+    It sees the first c channels of x A, and the others pass it by.
+    """
 
     a: Any = field()  # (in, rank)
-    kernel: Any = field()  # (k, k, rank, rank)
+    kernel: Any = field()  # (k, k, c, c)
     b: Any = field()  # (segments, rank, out of one segment)
     scale: Any = field(BUFFER)  # ()
     segments: tuple[str, ...] = static()
-    dropout: float = static(0.0)
 
     def update(
         self, site: Site, x: Float[Array, "n h w c"], ctx: Context
     ) -> Float[Array, "n h w d"]:
         """scale * conv(x A) B; the convolution is computed in float32."""
-        x = drop(x, self.dropout, site, ctx)
         z = matmul(x, self.a.astype(x.dtype)).astype(jnp.float32)
-        z = convolve(z, self.kernel).astype(x.dtype)
+        c = self.kernel.shape[-1]
+        z = jnp.concatenate([convolve(z[..., :c], self.kernel), z[..., c:]], axis=-1)
+        z = z.astype(x.dtype)
         b = (self.b * self.scale).astype(x.dtype)
         parts = [matmul(z, b[i]) for i in range(b.shape[0])]
         return join_segments(site.info, self.segments, parts)
@@ -233,7 +259,9 @@ class CollapsedDelta(Additive):
                 f"its cell looks at {size} x {size} tokens, and the layer at one: a convolution of "
                 f"{self.kernel.shape[-1]} channels stays"
             )
-        low = self.a.astype(jnp.float32) @ self.kernel[0, 0]
+        low, c = self.a.astype(jnp.float32), self.kernel.shape[-1]
+        mixed = jnp.matmul(low[:, :c], self.kernel[0, 0], precision=jax.lax.Precision.HIGHEST)
+        low = jnp.concatenate([mixed, low[:, c:]], axis=-1)
         b = self.b.astype(jnp.float32) * self.scale
         update = jnp.matmul(low, b, precision=jax.lax.Precision.HIGHEST)
         return join_segments(info, self.segments, list(update))
@@ -260,11 +288,46 @@ def _enlarged(kernel: Float[Array, "k k c c"], size: int) -> Float[Array, "m m c
 
 
 @dataclasses.dataclass(frozen=True)
+class Collapsed(Method):
+    """Settings of a cell that has become one convolution, of `size` x `size` tokens.
+
+    `channels` of the `rank` go through it. Raises ValueError for a count below 1, an even size, and
+    more channels than the rank.
+    """
+
+    rank: int
+    size: int
+    channels: int
+
+    def __post_init__(self) -> None:
+        check_settings(self, ["rank", "size", "channels"])
+        if self.size % 2 == 0 or self.channels > self.rank:
+            raise ValueError(
+                f"Collapsed: size must be odd and channels at most the rank {self.rank}, not "
+                f"{self.size} and {self.channels}"
+            )
+
+    def init(self, key: Any, site: Site, segments: tuple[str, ...]) -> CollapsedDelta:
+        """A record that is LoRA: its convolution is the identity, B is zero."""
+        info, rank, middle = site.info, self.rank, self.size // 2
+        width, out = info.kernel_shape[0], segment_width(info, segments)
+        check_rank("Collapsed", rank, info, min(width, out))
+        kernel = jnp.zeros((self.size, self.size, self.channels, self.channels), jnp.float32)
+        return CollapsedDelta(
+            a=kaiming_uniform(key, (width, rank), width),
+            kernel=kernel.at[middle, middle].set(jnp.eye(self.channels)),
+            b=jnp.zeros((max(1, len(segments)), rank, out), jnp.float32),
+            scale=jnp.float32(1),
+            segments=segments,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class NASLoRA(Method):
     """Settings of NAS-LoRA.
 
     `rank`: columns of A; `alpha`: the update is scaled by alpha / rank (None: alpha = rank);
-    `operators`: the candidates, joined by +, or those that were found, of each edge, joined by |;
+    `operators`: the candidates of every edge, or of each, as `samjax.peft.edges` writes them;
     `space`; `norm` of the space darts; `nodes` of the cell; `partial`: one in so many channels goes
     through the cell; `dropout`: probability with which an input of A is zeroed in training. A fused
     projection has one A and one B, or, where segments are named, one A and a B for each.
@@ -295,25 +358,25 @@ class NASLoRA(Method):
             )
         self.edges()
 
-    def edges(self) -> tuple[tuple[str, ...], ...]:
-        """The operators of each edge."""
+    def edges(self) -> tuple[Edge, ...]:
+        """The cell's edges."""
         known = [name for name, op in OPERATORS.items() if self.space == "darts" or op.linear]
         count = self.nodes * (self.nodes + 1) // 2
-        texts = self.operators.split("|") if self.operators else ["+".join(known)]
-        if len(texts) not in (1, count):
+        edges = parse_edges(self.operators or "+".join(known))
+        if len(edges) not in (1, count):
             raise ValueError(
                 f"NASLoRA: {self.nodes} nodes have {count} edges, and operators names those of "
-                f"{len(texts)}"
+                f"{len(edges)}"
             )
-        edges = tuple(tuple(text.split("+")) for text in texts)
-        for name in (name for edge in edges for name in edge):
+        for name in (name for edge in edges for name in edge.operators):
             if name not in known:
                 raise ValueError(
                     f"NASLoRA: operators of the space {self.space} are {', '.join(known)}, not "
                     f"{name!r}"
                 )
-        if any(len(set(edge)) < len(edge) for edge in edges):
-            raise ValueError("NASLoRA: operators names one twice for an edge")
+        weights = [edge.weight for edge in edges]
+        if any(weight is None for weight in weights) != all(weight is None for weight in weights):
+            raise ValueError("NASLoRA: operators gives some edges a weight, and others none")
         return edges * (count if len(edges) == 1 else 1)
 
     def init(self, key: Any, site: Site, segments: tuple[str, ...]) -> NASLoRADelta:
@@ -333,10 +396,14 @@ class NASLoRA(Method):
         factor, cells, architecture = jax.random.split(key, 3)
         edges, space = self.edges(), _space(self.space)
         alpha, cell = [], []
-        for i, names in enumerate(edges):
+        for i, edge in enumerate(edges):
             edge_key = jax.random.fold_in(cells, i)
-            draw = jax.random.normal(jax.random.fold_in(architecture, i), (len(names),))
-            alpha.append(_SPREAD * draw)
+            if edge.shares is None:
+                shape = (len(edge.operators),)
+                draw = _SPREAD * jax.random.normal(jax.random.fold_in(architecture, i), shape)
+            else:
+                draw = jnp.log(jnp.array(edge.shares, jnp.float32))
+            alpha.append(draw)
             cell.append(
                 {
                     # By place among all operators: what is found starts as in the search.
@@ -345,18 +412,23 @@ class NASLoRA(Method):
                         rank // self.partial,
                         space,
                     )
-                    for name in names
+                    for name in edge.operators
                 }
             )
-        last = jax.random.fold_in(architecture, len(edges))
+        beta = None
+        if len(edges) > 1:
+            weights = [edge.weight for edge in edges if edge.weight is not None]
+            last = jax.random.fold_in(architecture, len(edges))
+            beta = _SPREAD * jax.random.normal(last, (len(edges),))
+            beta = jnp.log(jnp.array(weights, jnp.float32)) if weights else beta
         return NASLoRADelta(
             a=kaiming_uniform(factor, (width, rank), width),
             b=jnp.zeros((max(1, len(segments)), rank, out), jnp.float32),
             alpha=tuple(alpha),
-            beta=_SPREAD * jax.random.normal(last, (len(edges),)) if len(edges) > 1 else None,
+            beta=beta,
             cell=tuple(cell),
             scale=jnp.float32((self.rank if self.alpha is None else self.alpha) / rank),
-            edges=edges,
+            edges=tuple(edge.operators for edge in edges),
             space=space,
             norm="none" if self.norm == "none" else "instance",
             partial=self.partial,

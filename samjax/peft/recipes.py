@@ -10,11 +10,14 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 from samjax.peft.adaptformer import AdaptFormer
+from samjax.peft.architecture import read_architecture
 from samjax.peft.conv_lora import ConvLoRA
 from samjax.peft.dora import DoRA
+from samjax.peft.edges import is_search, parse_sites
 from samjax.peft.fact import FacT
 from samjax.peft.houlsby import Houlsby
 from samjax.peft.lora import LoRA
@@ -69,7 +72,8 @@ class MethodConfig:
     balance: float | None = None
     # How many of the encoder's last blocks train (last_k).
     blocks: int | None = None
-    # Operators of a searchable cell, joined by +; those that were found for each edge, by |.
+    # Operators of a searchable cell, joined by +; of several edges by |; or a JSON file that
+    # `samjax arch` wrote, whose architecture is then trained as it is.
     operators: str | None = None
     # Which operators a searchable cell has: linear ones, which collapse, or those of DARTS.
     space: Literal["linear", "darts"] | None = None
@@ -89,6 +93,11 @@ class MethodConfig:
     decoder: Literal["all", "mask", "none"] = "all"
 
     def __post_init__(self) -> None:
+        if (self.operators or "").endswith(".json"):
+            # Its contents in its place: a run knows its architecture when the file is gone.
+            given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+            for name, value in read_architecture(Path(self.operators or ""), given).items():
+                object.__setattr__(self, name, value)
         if self.method not in RECIPES:
             nearest = difflib.get_close_matches(str(self.method), RECIPES, n=1, cutoff=0.0)[0]
             raise ValueError(
@@ -124,7 +133,8 @@ class MethodConfig:
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages of the method's training."""
-        return RECIPES[self.method].stages
+        stages = RECIPES[self.method].stages
+        return stages(**self._given()) if callable(stages) else stages
 
     @property
     def learning_rate(self) -> float:
@@ -140,8 +150,9 @@ class Recipe:
     rules: Callable[..., tuple[Rule, ...]]
     # Peak learning rate of what the rules train, or a function that tells it from the settings.
     learning_rate: float | Callable[..., float] = 1e-3
-    # The stages of its training (`samjax.training.stages`); () is one in which all of it trains.
-    stages: tuple[str, ...] = ()
+    # The stages of its training (`samjax.training.stages`), or a function that tells them from the
+    # settings; () is one in which all of it trains.
+    stages: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -347,8 +358,7 @@ def nas_lora(
     dropout: float = 0.0,
 ) -> tuple[Rule, ...]:
     """LoRA with a searchable cell between its factors (Chen, Su and Tang 2025)."""
-    _check_targets(targets, ("qkv", "q", "k", "v", "proj", "mlp"))
-    return _linear_rules(NASLoRA(rank, alpha, operators, space, norm, nodes, 1, dropout), targets)
+    return _cell_rules(NASLoRA(rank, alpha, "", space, norm, nodes, 1, dropout), operators, targets)
 
 
 def nas_pc_lora(
@@ -364,9 +374,30 @@ def nas_pc_lora(
     dropout: float = 0.0,
 ) -> tuple[Rule, ...]:
     """NAS-LoRA whose cell sees some of the channels (partial channels, Xu et al. 2020)."""
+    return _cell_rules(
+        NASLoRA(rank, alpha, "", space, norm, nodes, partial, dropout), operators, targets
+    )
+
+
+def _cell_rules(config: NASLoRA, operators: str, targets: tuple[str, ...]) -> tuple[Rule, ...]:
+    """A cell in each of the targets; or where operators names sites, a cell of its own in each."""
     _check_targets(targets, ("qkv", "q", "k", "v", "proj", "mlp"))
-    config = NASLoRA(rank, alpha, operators, space, norm, nodes, partial, dropout)
-    return _linear_rules(config, targets)
+    if sites := parse_sites(operators):
+        return tuple(
+            Rule(pattern, dataclasses.replace(config, operators=edges))
+            for pattern, edges in sites.items()
+        )
+    return _linear_rules(dataclasses.replace(config, operators=operators), targets)
+
+
+def _search_stages(*, operators: str = "", **_: Any) -> tuple[str, ...]:
+    """Warm-up with the architecture as it is (PC-DARTS), then both, then what was found as it is.
+
+    Where there is nothing to search for, the architecture stays as it is all the time.
+    """
+    if not is_search(operators):
+        return ("1:weights+decoder",)
+    return ("0.3:weights+decoder", "0.4:all", "0.3:weights+decoder")
 
 
 def _check_targets(targets: tuple[str, ...], known: tuple[str, ...]) -> None:
@@ -406,9 +437,6 @@ def _linear_rules(config: Any, targets: tuple[str, ...], conv: Any = None) -> tu
     return tuple(rules)
 
 
-# Warm-up with the architecture as it is (PC-DARTS), then both, then what was found as it is.
-_SEARCH = ("0.3:weights+decoder", "0.4:all", "0.3:weights+decoder")
-
 RECIPES: dict[str, Recipe] = {
     "decoder": Recipe(decoder, DECODER_LEARNING_RATE),
     "bitfit": Recipe(bitfit),
@@ -426,6 +454,6 @@ RECIPES: dict[str, Recipe] = {
     "ssf": Recipe(ssf),
     "sam_parser": Recipe(sam_parser, _sam_parser_rate),
     "conv_lora": Recipe(conv_lora, 3e-4),
-    "nas_lora": Recipe(nas_lora, 3e-4, _SEARCH),
-    "nas_pc_lora": Recipe(nas_pc_lora, 3e-4, _SEARCH),
+    "nas_lora": Recipe(nas_lora, 3e-4, _search_stages),
+    "nas_pc_lora": Recipe(nas_pc_lora, 3e-4, _search_stages),
 }

@@ -25,7 +25,7 @@ from samjax.peft.fact import FacT
 from samjax.peft.houlsby import Houlsby
 from samjax.peft.lora import LoRA
 from samjax.peft.lora_conv import LoRAConv
-from samjax.peft.nas_lora import NASLoRA
+from samjax.peft.nas_lora import Collapsed, NASLoRA
 from samjax.peft.sam_parser import SAMParser
 from samjax.peft.ssf import SSF
 
@@ -42,6 +42,7 @@ METHODS: dict[str, type[Method]] = {
     "ssf": SSF,
     "sam_parser": SAMParser,
     "nas_lora": NASLoRA,
+    "collapsed": Collapsed,
 }
 
 

@@ -170,22 +170,34 @@ def merge(model: Sam, params: Any, peft: Any, ctx: Context | None = None) -> Any
     reason, where a record cannot be folded; ValueError where it is at no site, or lacks what it
     shares with others.
     """
+    merged, reasons = fold(model, params, peft, ctx)
+    for path, reason in reasons.items():
+        raise NotMergeable(f"{path}: {reason}")
+    return merged
+
+
+def fold(
+    model: Sam, params: Any, peft: Any, ctx: Context | None = None
+) -> tuple[Any, dict[str, str]]:
+    """`merge`, but what cannot be folded is left as it is, and the reasons are told by site."""
     flat, sites, records = flatten_dict(params), model.sites(), deltas(peft)
     infos = {info.path: info for info in sites}
     _check_shared(peft)
     _check_calls(model, records, sites)
     ctx = (ctx or Context()).replace(shared=peft.get(_SHARED))
+    reasons = {}
     for path, delta in records.items():
         parts, info = tuple(path.split("/")), infos[path]
         names = (*parts, info.kernel_name), (*parts, "bias")
         olds = tuple(flat.get(name) for name in names)
         try:
             news = delta.merge(info, *olds, ctx)
+            if olds[1] is None and news[1] is not None:
+                raise NotMergeable("the layer has no bias that could take the delta's")
         except NotMergeable as error:
-            raise NotMergeable(f"{path}: {error}") from None
+            reasons[path] = str(error)
+            continue
         for name, old, new in zip(names, olds, news, strict=True):
-            if old is None and new is not None:
-                raise NotMergeable(f"{path} has no {name[-1]} that could take the delta's")
             if old is not None:
                 flat[name] = new.astype(old.dtype)
-    return unflatten_dict(flat)
+    return unflatten_dict(flat), reasons

@@ -16,8 +16,12 @@ from samjax.models.sam import Sam
 LARGEST_DIFFERENCE = 1e-3
 
 
-def verify_merge(model: Sam, params: Any, peft: Any, merged: Any) -> dict[str, float]:
+def verify_merge(
+    model: Sam, params: Any, peft: Any, merged: Any, rest: Any = None
+) -> dict[str, float]:
     """The largest differences of `merged` from `params` with `peft`, in standard deviations.
+
+    `rest` are records that are still beside `merged`.
 
     Both run on a random image, always the same one, at the model's input size: `embedding` of the
     image, `logits` at low resolution without a prompt and with a box. Matrix products have full
@@ -40,7 +44,7 @@ def verify_merge(model: Sam, params: Any, peft: Any, merged: Any) -> dict[str, f
 
     with jax.default_matmul_precision("highest"):
         expected = outputs({"params": params, "peft": peft})
-        actual = outputs({"params": merged})
+        actual = outputs({"params": merged, **({"peft": rest} if rest else {})})
     differences = {
         name: float(np.abs(actual[name] - expected[name]).max() / np.std(expected[name]))
         for name in expected

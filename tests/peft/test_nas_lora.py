@@ -7,7 +7,7 @@ import pytest
 
 from samjax.nn import Context, Segments, Site, SiteInfo
 from samjax.peft.delta import NotMergeable
-from samjax.peft.nas_lora import NASLoRA, shuffle
+from samjax.peft.nas_lora import Collapsed, NASLoRA, shuffle
 from samjax.peft.operators import OPERATORS
 
 RNG = np.random.default_rng(0)
@@ -127,13 +127,14 @@ def test_skip_alone_is_lora():
 def test_a_linear_cell_collapses_exactly(partial):
     where = site()
     delta = record(NASLoRA(rank=4, partial=partial), where=where)
-    small = delta.collapsed()
+    small, settings = delta.collapsed()
+    assert settings == Collapsed(4, 9, 4 // partial)
     x = jnp.asarray(tokens(14, 14))
     np.testing.assert_allclose(
         small.update(where, x, Context()), torch_update(delta, x), rtol=1e-5, atol=1e-5
     )
-    assert small.kernel.shape == (9, 9, 4, 4)
-    with pytest.raises(NotMergeable, match=r"9 x 9 tokens.*convolution of 4 channels stays"):
+    assert small.kernel.shape == (9, 9, 4 // partial, 4 // partial)
+    with pytest.raises(NotMergeable, match=r"9 x 9 tokens.*convolution of \d channels stays"):
         delta.merge(where.info, where.kernel, None, Context())
 
 
@@ -177,6 +178,21 @@ def test_strongest_operators_are_kept_with_their_weights():
     np.testing.assert_allclose(ours, torch_update(found, x), rtol=1e-4, atol=1e-4)
 
 
+def test_the_settings_of_a_collapsed_cell_start_as_lora():
+    segments = Segments(("q", "k", "v"), "thirds", 2)
+    where = site(segments)
+    delta = Collapsed(2, 3, 2).init(jax.random.key(0), where, ("q", "v"))
+    other = record(NASLoRA(rank=2, operators="avg_pool_3x3"), ("q", "v"), where).collapsed()[0]
+    assert jax.tree.structure(delta) == jax.tree.structure(other)
+    assert [x.shape for x in jax.tree.leaves(delta)] == [x.shape for x in jax.tree.leaves(other)]
+    x = jnp.asarray(tokens())
+    np.testing.assert_array_equal(delta(where, x, Context()), where(x))
+    with pytest.raises(
+        ValueError, match="size must be odd and channels at most the rank 2, not 2 and 1"
+    ):
+        Collapsed(2, 2, 1)
+
+
 def test_shuffle_is_pc_darts():
     assert shuffle(6, 2) == [0, 3, 1, 4, 2, 5]
     assert shuffle(4, 1) == [0, 1, 2, 3]
@@ -198,7 +214,7 @@ def test_counts_of_the_darts_space():
         ({"operators": "skip"}, "operators of the space linear are none, skip_connect.*'skip'"),
         ({"operators": "max_pool_3x3"}, "operators of the space linear"),
         ({"operators": "none|none"}, "1 nodes have 1 edges, and operators names those of 2"),
-        ({"operators": "none+none"}, "names one twice"),
+        ({"operators": "none+none"}, "names 'none' twice for an edge"),
         ({"space": "both"}, "space must be linear or darts"),
         ({"norm": "batch"}, "norm must be instance or none"),
         ({"nodes": 0}, "nodes must be at least 1"),
