@@ -132,7 +132,7 @@ class Separable(Operator):
 
     def kernel(self, weights: Weights, channels: int) -> Array:
         """The product of both convolutions."""
-        depth = dilated(weights["depthwise_0"], self.dilation)
+        depth = dilated(jnp.asarray(weights["depthwise_0"]), self.dilation)
         return depth.reshape(*depth.shape[:2], channels, 1) * weights["pointwise_0"]
 
 
