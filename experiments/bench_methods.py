@@ -83,26 +83,68 @@ def build_samjax(setup: Setup) -> Model:
     return Model(steps["decoder"].run, steps["lora"].run, facts)
 
 
-def build_peft(setup: Setup) -> Model:
-    """HuggingFace's `SamModel`, as it is and with LoRA of its `peft`."""
-    import peft
-    import torch
-    from torch.nn import functional
+class TorchTraining:
+    """Training steps of HuggingFace's `SamModel`, with the batch and the loss of samjax's."""
 
-    from samjax.preprocess import normalize
+    def __init__(self, setup: Setup) -> None:
+        import torch
 
-    torch.set_num_threads(setup.cores)
-    config, tensors, _ = setup.load()
-    batch = random_batch(config, 1)
-    mean, std, kind = config.pixel_mean, config.pixel_std, config.normalization
-    image = np.array(normalize(batch["image"], batch["input_size"], kind, mean, std))
-    pixels = torch.from_numpy(image.transpose(0, 3, 1, 2).copy())
-    truth = torch.from_numpy(batch["mask"].astype(np.float32))
-    boxes = torch.from_numpy(batch["coords"].reshape(1, 1, 4))
+        from samjax.preprocess import normalize
 
-    def loss_of(output: Any) -> Any:
+        torch.set_num_threads(setup.cores)
+        self._config, self._tensors, _ = setup.load()
+        config, batch = self._config, random_batch(self._config, 1)
+        mean, std, kind = config.pixel_mean, config.pixel_std, config.normalization
+        image = np.array(normalize(batch["image"], batch["input_size"], kind, mean, std))
+        self._pixels = torch.from_numpy(image.transpose(0, 3, 1, 2).copy())
+        self._truth = torch.from_numpy(batch["mask"].astype(np.float32))
+        self._boxes = torch.from_numpy(batch["coords"].reshape(1, 1, 4))
+
+    def load(self) -> Any:
+        """A frozen model with the weights."""
+        return load_transformers(self._config, self._tensors).requires_grad_(False)
+
+    def decode(self, model: Any) -> Any:
+        """A forward pass whose embedding has no gradient."""
+        import torch
+
+        with torch.no_grad():
+            embedding = model.vision_encoder(self._pixels).last_hidden_state
+        return model(image_embeddings=embedding, input_boxes=self._boxes, multimask_output=False)
+
+    def whole(self, model: Any) -> Any:
+        """A forward pass from the pixels."""
+        return model(pixel_values=self._pixels, input_boxes=self._boxes, multimask_output=False)
+
+    def stepper(
+        self,
+        model: Any,
+        forward: Callable[[Any], Any],
+        extra_loss: Callable[[], Any] = lambda: 0.0,
+    ) -> Callable[[], float]:
+        """A step that trains the mask decoder and whatever in the model is not frozen."""
+        import torch
+
+        # Not peft's `modules_to_save`, whose wrapper wants an argument without a name.
+        model.mask_decoder.requires_grad_(True)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-4)
+
+        def step() -> float:
+            optimizer.zero_grad()
+            loss = self._loss(forward(model)) + extra_loss()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            return loss.item()
+
+        return step
+
+    def _loss(self, output: Any) -> Any:
         """BCE, Dice and the squared error of the predicted IoU, as in `samjax.training.losses`."""
-        masks, iou = output.pred_masks[:, 0], output.iou_scores[:, 0, 0]
+        from torch.nn import functional
+
+        truth, masks, iou = self._truth, output.pred_masks[:, 0], output.iou_scores[:, 0, 0]
         size = truth.shape[1:]
         logits = functional.interpolate(masks, size, mode="bilinear", align_corners=False)[:, 0]
         bce = functional.binary_cross_entropy_with_logits(logits, truth)
@@ -113,38 +155,18 @@ def build_peft(setup: Setup) -> Model:
         both, either = (found & (truth > 0)).sum(axes), (found | (truth > 0)).sum(axes)
         return bce + dice.mean() + (iou - both / either.clamp(min=1)).square().mean()
 
-    def stepper(model: Any, forward: Callable[[Any], Any]) -> Callable[[], float]:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-4)
 
-        def step() -> float:
-            optimizer.zero_grad()
-            loss = loss_of(forward(model))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            return loss.item()
+def build_peft(setup: Setup) -> Model:
+    """HuggingFace's `SamModel`, as it is and with LoRA of its `peft`."""
+    import peft
 
-        return step
-
-    def decode_only(model: Any) -> Any:
-        with torch.no_grad():
-            embedding = model.vision_encoder(pixels).last_hidden_state
-        return model(image_embeddings=embedding, input_boxes=boxes, multimask_output=False)
-
-    def whole(model: Any) -> Any:
-        return model(pixel_values=pixels, input_boxes=boxes, multimask_output=False)
-
-    plain = load_transformers(config, tensors)
-    plain.requires_grad_(False)
-    adapted = peft.get_peft_model(
-        load_transformers(config, tensors),
-        peft.LoraConfig(r=4, lora_alpha=4, target_modules=r"vision_encoder\..*\.qkv"),
-    )
-    for model in (plain, adapted):
-        # Not peft's `modules_to_save`, whose wrapper wants an argument without a name.
-        model.mask_decoder.requires_grad_(True)
-    steps = {"decoder": stepper(plain, decode_only), "lora": stepper(adapted, whole)}
+    training = TorchTraining(setup)
+    lora = peft.LoraConfig(r=4, lora_alpha=4, target_modules=r"vision_encoder\..*\.qkv")
+    adapted = peft.get_peft_model(training.load(), lora)
+    steps = {
+        "decoder": training.stepper(training.load(), training.decode),
+        "lora": training.stepper(adapted, training.whole),
+    }
     facts = {
         "library": versions("transformers", "peft", "torch"),
         "losses": {name: step() for name, step in steps.items()},
