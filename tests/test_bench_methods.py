@@ -159,3 +159,18 @@ def test_huggingface_computes_the_same():
     assert list(libraries) == ["samjax", "peft"]
     for row in libraries.values():
         assert len(row["seconds"]["lora"]) == 2 and row["ratio"] > 0
+
+
+@pytest.mark.slow
+def test_searchable_cells_beside_dispatched_experts():
+    if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
+        pytest.skip("HuggingFace transformers is not installed")
+    command = [sys.executable, str(REPO / "experiments/bench_nas_lora.py"), "--image-size", "64"]
+    options = ["--depth", "1", "--rounds", "1", "--json"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    rows = {(row["library"], row["method"]): row for row in json.loads(done.stdout)["rows"]}
+    assert len(rows) == 6 and all(row["ratio"] > 0 for row in rows.values())
+    assert rows["torch", "lora"]["ratio"] == rows["samjax", "lora"]["ratio"] == 1
+    flops = [rows["samjax", name]["flops"] for name in ("lora", "nas_pc_lora", "nas_lora")]
+    assert flops == sorted(flops) and flops[2] < 1.01 * flops[0]

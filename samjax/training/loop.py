@@ -17,7 +17,7 @@ from samjax import peft as peft_lib
 from samjax.config import Config
 from samjax.data.pipeline import batches_from, train_batches
 from samjax.data.sources import Dataset
-from samjax.files import write_json
+from samjax.files import read_record, write_json
 from samjax.models import Sam
 from samjax.terminal import Interrupted, progress_bar
 from samjax.training import memory
@@ -87,6 +87,7 @@ def fit(
         task = bar.add_task("training", total=steps, completed=start, note="compiling")
         ended = start == steps or _out_of_patience(config, checkpoints.best(), start)
         span = feed = train_step = None
+        record_metrics = jax.jit(peft_lib.metrics)
         while not ended:
             begins = span is None or step == span.stop
             if begins:
@@ -101,7 +102,7 @@ def fit(
                 train_step, needs = _compile(
                     console, trainer.step(span.stage), state, frozen, inputs
                 )
-                write_json(out / STEP_MEMORY, dataclasses.asdict(needs))
+                _note_memory(out / STEP_MEMORY, needs)
             with memory.exhaustion():
                 state, logs = train_step(state, frozen, inputs)
                 feed.advance()  # while the step computes
@@ -122,8 +123,8 @@ def fit(
             writes = saves or _is_due(step, config.log_every, steps)
             if writes:
                 log.stop_clock(step)
-                logs |= peft_lib.metrics(state.train["peft"])
-                values = {key: float(value) for key, value in logs.items()}
+                found = jax.device_get({**logs, **record_metrics(state.train["peft"])})
+                values = {key: float(value) for key, value in found.items()}
                 metrics = None
                 if validate is not None and validates:
                     bar.update(task, note="validating")
@@ -197,6 +198,13 @@ def prepare(config: Config, model: Sam, spec: peft_lib.PeftSpec, base: Any, step
         lambda leaves: init_state(jax.tree.map(jnp.copy, leaves), optimizer(stages[0].stage))
     )
     return Trainer(stages, first(train_leaves), frozen, step)
+
+
+def _note_memory(file: Path, needs: memory.StepMemory) -> None:
+    """Keeps the most that a stage needs."""
+    known = read_record(file, "delete it")["bytes"] if file.is_file() else 0
+    if needs.bytes >= known:
+        write_json(file, dataclasses.asdict(needs))
 
 
 def _dataset(config: Config, model: Sam, source: Dataset, stage: Stage) -> Any:

@@ -1,5 +1,7 @@
 """Stages: what a text means, which steps they get, and what trains in each."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,8 @@ from samjax import peft
 from samjax.config import Config
 from samjax.models import Sam, SamConfig, VitConfig
 from samjax.peft import MethodConfig
-from samjax.training.loop import prepare
+from samjax.training.loop import _note_memory, prepare
+from samjax.training.memory import StepMemory
 from samjax.training.stages import Stage, parse, spans
 
 SIDE = 32
@@ -155,3 +158,10 @@ def test_split_takes_each_gradient_from_its_own_rows(setting):
     assert same(first["weights"], whole["weights"]) and same(first["decoder"], whole["decoder"])
     assert same(second["arch"], whole["arch"])
     assert not same(second["weights"], whole["weights"])
+
+
+def test_a_run_notes_the_memory_of_its_largest_stage(tmp_path):
+    file = tmp_path / "step_memory.json"
+    for needed, noted in ((5, 5), (9, 9), (7, 9)):
+        _note_memory(file, StepMemory(needed, "compiler"))
+        assert json.loads(file.read_text()) == {"bytes": noted, "origin": "compiler"}
