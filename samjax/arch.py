@@ -17,19 +17,30 @@ from rich.console import Console
 from rich.table import Table
 
 from samjax import peft as peft_lib
+from samjax.config import Config
 from samjax.files import write_beside, write_json
-from samjax.peft.architecture import Derive, architecture
+from samjax.peft.architecture import Derive, architecture, derive_adapter
+from samjax.run import open_model
 
 NAME = "architecture"
-METRICS = "metrics.jsonl"
 
 
 def find(adapter: Path, derive: Derive) -> dict[str, Any]:
     """The architecture in an adapter file. Raises ValueError where it has none."""
+    file = peft_lib.read(adapter)
     try:
-        return architecture(peft_lib.records(peft_lib.read(adapter)), derive)
+        return architecture(peft_lib.records(file), derive)
     except ValueError as error:
         raise ValueError(f"{adapter}: {error}") from None
+
+
+def write_derived(config: Config, adapter: Path, derive: Derive, out: Path) -> None:
+    """Writes a trained adapter with its cells derived, for the weights of `config`."""
+    file = peft_lib.read(adapter)
+    model, variables = open_model(config, adapter)
+    spec, records = derive_adapter(file.spec, model, variables["peft"], derive)
+    variables = {"params": variables["params"], "peft": records}
+    peft_lib.save(out, spec, model, variables, file.base_sha256, file.metadata)
 
 
 def edges(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -53,18 +64,20 @@ def operators(found: dict[str, Any]) -> list[str]:
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    """Prints a row an edge: the share of each operator, the entropy, the strongest."""
+    """Prints a row an edge: each operator's share, the entropy, the strongest but none."""
     names = operators(found)
+    several = found["nodes"] > 1
     table = Table(box=box.SIMPLE)
     table.add_column("layer")
-    for name in (*names, "entropy"):
+    for name in (*names, "entropy", *(["weight"] if several else [])):
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("strongest")
     for edge, entry in edges(found).items():
         shares = entry["shares"]
-        best = max(shares, key=shares.__getitem__)
-        cells = (f"{shares[n]:.3f}" if n in shares else "" for n in names)
-        table.add_row(edge, *cells, f"{entropy(shares):.3f}", best)
+        best = max((n for n in shares if n != "none"), key=shares.__getitem__, default="none")
+        cells = [f"{shares[n]:.3f}" if n in shares else "" for n in names]
+        cells += [f"{entropy(shares):.3f}", *([f"{entry['weight']:.3f}"] if several else [])]
+        table.add_row(edge, *cells, best)
     table.width = console.measure(table, options=console.options.update(width=200)).maximum
     console.print(table, crop=False)
 

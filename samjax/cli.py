@@ -38,7 +38,7 @@ verbs:
   compare     several methods at one budget, in one table
               samjax compare experiments/kvasir_lora.py --weights mobile_sam --data Kvasir-SEG \\
                   --methods decoder lora --seeds 0 1 2
-  eval        Dice and IoU of a run, or of an experiment's weights before training
+  eval        metrics of a run, or of an experiment's weights before training
               samjax eval runs/kvasir_lora --split test
   arch        the architecture that a run of nas_lora found
               samjax arch runs/kvasir_nas_lora

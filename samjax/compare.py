@@ -23,6 +23,7 @@ from samjax.method_text import with_method
 from samjax.peft.recipes import RECIPES
 from samjax.run import BEFORE, changed_setting, check_out, open_model, open_sources, train
 from samjax.terminal import Interrupted
+from samjax.training.loop import check_stages
 
 _SUMMARY = "summary.json"
 
@@ -111,7 +112,7 @@ def earlier_runs(config: Config, runs: Sequence[Run], out: Path, console: Consol
             text, seed = _text(folder.parent.name), int(folder.name.removeprefix("seed_"))
             own = dataclasses.replace(with_method(config, text), seed=seed)
             changed = changed_setting(folder, own)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             changed = str(error)
         if changed:
             console.print(f"not in the table: {folder}: {changed}")
@@ -166,11 +167,13 @@ def _check(runs: Sequence[Run], console: Console) -> None:
     unfinished = [run for run in runs if not run.finished]
     if not unfinished:
         return
-    open_sources(unfinished[0].config, console)
+    sources = open_sources(unfinished[0].config, console)
     model, _ = open_model(unfinished[0].config)
     for run in {run.method: run for run in unfinished}.values():
         try:
-            peft_lib.report(run.config.method.spec(), model)
+            spec = run.config.method.spec()
+            peft_lib.report(spec, model)
+            check_stages(run.config, model, spec, len(sources["train"]))
         except ValueError as error:
             raise ValueError(f"{run.method}: {error}") from None
 

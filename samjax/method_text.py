@@ -19,21 +19,22 @@ class _Settings:
 
     method: Annotated[MethodConfig, tyro.conf.arg(name="")]
     learning_rate: float | None = None
+    stages: tuple[str, ...] | None = None
 
 
 def with_method(config: Config, text: str) -> Config:
-    """The config with the method of a text; several values are joined by +.
+    """The config with the method of a text; several values are joined by +, stages by /.
 
-    learning_rate is a setting, too: of method decoder it is the decoder's. What the text leaves out
-    is the config's where the config has the same method, and else the method's own default; how
-    much of the decoder trains is the config's with any method. Raises ValueError for a method or a
-    setting that cannot be.
+    learning_rate and stages are settings, too; of method decoder the rate is the decoder's. What
+    the text leaves out is the config's where the config has the same method, and else the method's
+    own default; how much of the decoder trains is the config's with any method. Raises ValueError
+    for a method or a setting that cannot be.
     """
     name, _, settings = text.partition(":")
     given = dict(part.partition("=")[::2] for part in settings.split(",") if part)
     if name not in RECIPES:
         MethodConfig(name)  # which says so
-    known = (*RECIPES[name].settings, "decoder", "learning_rate")
+    known = (*RECIPES[name].settings, "decoder", "learning_rate", "stages")
     for key, value in given.items():
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
@@ -47,12 +48,14 @@ def with_method(config: Config, text: str) -> Config:
     argv = []
     for key, value in given.items():
         values = value.split("+") if _is_tuple(hints.get(key)) else [value]
+        values = value.split("/") if key == "stages" else values  # + joins their groups
         argv += [f"--{key.replace('_', '-')}", *values]
     same, optimizer = name == config.method.method, config.optimizer
     try:
         default = _Settings(
             config.method if same else MethodConfig(name, decoder=config.method.decoder),
             optimizer.learning_rate if same and name != "decoder" else None,
+            config.stages if same else None,
         )
         found = parse(_Settings, argv, "samjax params", default, None)
         rates: dict[str, Any] = {"learning_rate": found.learning_rate}
@@ -63,7 +66,9 @@ def with_method(config: Config, text: str) -> Config:
         optimizer = dataclasses.replace(optimizer, **rates)
     except ValueError as error:
         raise ValueError(f"{text}: {error}") from None
-    return dataclasses.replace(config, method=found.method, optimizer=optimizer)
+    return dataclasses.replace(
+        config, method=found.method, optimizer=optimizer, stages=found.stages
+    )
 
 
 def _is_tuple(hint: Any) -> bool:

@@ -31,14 +31,16 @@ from samjax.data.pipeline import eval_batches
 from samjax.data.sources import Dataset, Source, is_tfds, open_source
 from samjax.evaluation.evaluate import Evaluation, evaluate
 from samjax.evaluation.gallery import draw_gallery
+from samjax.evaluation.metrics import TITLES
 from samjax.files import check_writable, read_record, write_json, writing
 from samjax.hashes import params_sha256
 from samjax.loading import load, load_adapted
 from samjax.lock import check_free, run_lock
 from samjax.models import MODELS, Sam
+from samjax.peft.architecture import left_out
 from samjax.run_inputs import check_inputs, inputs_of, tell_other_images
 from samjax.terminal import progress_bar, progress_on
-from samjax.training.loop import STEP_MEMORY, fit
+from samjax.training.loop import STEP_MEMORY, check_stages, fit
 from samjax.viz import save_png
 
 ADAPTER = "adapter.safetensors"
@@ -141,17 +143,24 @@ def finished_run_config(run: Path, **changes: str | None) -> Config:
     return dataclasses.replace(config, **given)
 
 
-def evaluate_run(run: Path, config: Config, split: str, console: Console) -> Evaluation:
-    """Evaluates a finished run's model on one split of its data; see `finished_run_config`."""
-    return _evaluate(config, split, console, run)
+def evaluate_run(
+    run: Path, config: Config, split: str, console: Console, adapter: Path | None = None
+) -> Evaluation:
+    """Evaluates a finished run's model on one split of its data; see `finished_run_config`.
+
+    `adapter` is another than the run's own, such as one derived from it.
+    """
+    return _evaluate(config, split, console, run, adapter or run / ADAPTER)
 
 
 def evaluate_weights(config: Config, split: str, console: Console) -> Evaluation:
     """Evaluates a run's weights as they are, without training, on one split of its data."""
-    return _evaluate(config, split, console, None)
+    return _evaluate(config, split, console, None, None)
 
 
-def _evaluate(config: Config, split: str, console: Console, run: Path | None) -> Evaluation:
+def _evaluate(
+    config: Config, split: str, console: Console, run: Path | None, adapter: Path | None
+) -> Evaluation:
     source = open_data(config, split, console)
     source.check_sizes()
     if run is not None:
@@ -160,7 +169,7 @@ def _evaluate(config: Config, split: str, console: Console, run: Path | None) ->
             return open_data(config, "train", console)
 
         tell_other_images(run, config.data, split, source, open_train, console)
-    model, variables = open_model(config, None if run is None else run / ADAPTER)
+    model, variables = open_model(config, adapter)
     return _evaluate_with_bar(config, model, variables, source, console, f"evaluating {split}")
 
 
@@ -187,6 +196,9 @@ def train(
     model, variables = open_model(config)
     params = variables["params"]
     report = peft_lib.report(spec, model)
+    check_stages(config, model, spec, len(sources["train"]))
+    if notice := left_out(spec, model):
+        console.print(notice)
     console.print(f"{model.config.name} at {model.config.frame} px, {config.weights}")
     console.print(str(report))
     *counts, last = (f"{len(source)} {_KINDS[name]}" for name, source in sources.items())
@@ -198,6 +210,8 @@ def train(
     if before_in is not None:
         check_inputs(before_in, inputs, config)
         known_before = Evaluation.read_csv(before_in / BEFORE)
+        if known_before.per_image.keys() != TITLES.keys():  # an older samjax measured less
+            known_before = None
     adapters = peft_lib.attach(spec, model, params, jax.random.key(config.seed))
     base = jax.device_put({"params": params, "peft": adapters})
     with writing(out):

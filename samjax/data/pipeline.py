@@ -97,7 +97,7 @@ def train_batches(
         mask = prepare_mask(sample.mask, frame)
         return {**prepared, "mask": mask, "index": np.int32(index)}
 
-    def stream(positions: grain.MapDataset) -> grain.MapDataset:
+    def stream(positions: grain.MapDataset, seed: int = seed) -> grain.MapDataset:
         # The random map comes after the repetition, so that an image is changed anew in every
         # epoch. As many epochs as leave every length of the chain an index-sized integer.
         epochs = 2**62 // len(source)
@@ -108,7 +108,11 @@ def train_batches(
         return stream(grain.MapDataset.range(len(source))).batch(batch_size // process_count)
     order = np.random.default_rng(seed).permutation(len(source))
     halves = (np.sort(half).tolist() for half in np.array_split(order, 2))
-    streams = [stream(grain.MapDataset.source(half)) for half in halves]
+    # Seeds of their own: else rows of the two would have the same order, crops and prompts.
+    seeds = np.random.SeedSequence(seed).generate_state(2).tolist()
+    streams = [
+        stream(grain.MapDataset.source(half), own) for half, own in zip(halves, seeds, strict=True)
+    ]
     return grain.MapDataset.mix(streams).batch(batch_size // process_count)
 
 

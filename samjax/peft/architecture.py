@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from flax.traverse_util import flatten_dict, unflatten_dict
+
 from samjax.files import read_record
+from samjax.models.sam import Sam
+from samjax.peft.delta import is_record
 from samjax.peft.edges import Edge, edges_text, sites_text
-from samjax.peft.nas_lora import NASLoRADelta
+from samjax.peft.nas_lora import NASLoRA, NASLoRADelta
+from samjax.peft.resolve import resolve
+from samjax.peft.spec import PeftSpec, Rule, pattern_of
 from samjax.peft.trees import deltas
 
 Derive = Literal["mixture", "strongest"]
@@ -16,33 +23,34 @@ _SETTINGS = ("space", "norm", "nodes", "partial")
 
 
 def cells(peft: Any) -> dict[str, NASLoRADelta]:
-    """The searchable cells of a `peft` tree by their site's path."""
-    found = deltas(peft)
-    return {path: delta for path, delta in found.items() if isinstance(delta, NASLoRADelta)}
+    """The searchable cells of a `peft` tree by their site's path, those in a Stack too."""
+    found = {}
+    for path, delta in deltas(peft).items():
+        for part in getattr(delta, "deltas", (delta,)):
+            if isinstance(part, NASLoRADelta):
+                found[path] = part
+    return found
 
 
 def architecture(peft: Any, derive: Derive = "mixture") -> dict[str, Any]:
     """The JSON-able record of the cells in a `peft` tree.
 
     `operators` of each site is what a run starts from: the mixture that was found, or each edge's
-    strongest operator but none. `edges` tells the shares. Raises ValueError where there is no cell.
+    strongest operator but none. `edges` tells the shares. Raises ValueError where there is no cell,
+    and where cells differ in more than their operators.
     """
     found = cells(peft)
+    kinds = {(d.space, d.norm, _nodes(d), d.partial) for d in found.values()}
     if not found:
         raise ValueError("it has no searchable cell; nas_lora and nas_pc_lora have")
-    first = next(iter(found.values()))
-    nodes = 1
-    while nodes * (nodes + 1) // 2 < len(first.edges):
-        nodes += 1
+    if len(kinds) > 1:
+        raise ValueError("its cells have different spaces, norms, nodes or partial channels")
     return {
         "schema": 1,
         "derive": derive,
-        "space": first.space,
-        "norm": first.norm,
-        "nodes": nodes,
-        "partial": first.partial,
+        **dict(zip(_SETTINGS, kinds.pop(), strict=True)),
         "sites": {
-            pattern_of(path, delta): {
+            pattern_of(path, delta.segments): {
                 "operators": edges_text(derived(delta, derive).found()),
                 "edges": [_edge_json(edge) for edge in delta.found()],
             }
@@ -51,14 +59,58 @@ def architecture(peft: Any, derive: Derive = "mixture") -> dict[str, Any]:
     }
 
 
+def _nodes(delta: NASLoRADelta) -> int:
+    nodes = 1
+    while nodes * (nodes + 1) // 2 < len(delta.edges):
+        nodes += 1
+    return nodes
+
+
 def derived(delta: NASLoRADelta, derive: Derive) -> NASLoRADelta:
     """The cell as it is, or with each edge's strongest operator alone."""
     return delta.strongest() if derive == "strongest" else delta
 
 
-def pattern_of(path: str, delta: NASLoRADelta) -> str:
-    """The pattern of a rule for a record's site."""
-    return f"{path}[{','.join(delta.segments)}]" if delta.segments else path
+def derive_adapter(spec: PeftSpec, model: Sam, peft: Any, derive: Derive) -> tuple[PeftSpec, Any]:
+    """A trained adapter with its cells derived: its spec, with a rule for each cell, and records.
+
+    Raises ValueError for cells in a Stack.
+    """
+    sites, records, rules = resolve(spec, model).sites, dict(deltas(peft)), []
+    flat = flatten_dict(peft, is_leaf=lambda _, node: is_record(node))
+    for path, cell in cells(peft).items():
+        if records[path] is not cell:
+            raise ValueError(f"the cell at {path} is in a Stack, and cannot be derived alone")
+        small, (_, rule, segments) = derived(cell, derive), sites[path]
+        text = edges_text(small.found())
+        rules.append(
+            Rule(pattern_of(path, segments), dataclasses.replace(rule.config, operators=text))
+        )
+        flat[*path.split("/"), "delta"] = small
+    others = (rule for rule in spec.rules if not isinstance(rule.config, NASLoRA))
+    return PeftSpec((*rules, *others)), unflatten_dict(flat)
+
+
+def left_out(spec: PeftSpec, model: Sam) -> str:
+    """What a user should hear where an architecture names some of a model's layers alone."""
+    named = [rule.pattern.partition("[")[0] for rule in spec.rules if _names_a_site(rule)]
+    tails = {_tail(path) for path in named}
+    alike = [site.path for site in model.sites() if _tail(site.path) in tails]
+    missing = [path for path in alike if path.startswith("image_encoder/") and path not in named]
+    if not named or not missing:
+        return ""
+    return (
+        f"notice: operators names {len(named)} layers of {model.config.name}, and {len(missing)} "
+        f"that are like them, such as {missing[0]}, get no adapter"
+    )
+
+
+def _names_a_site(rule: Rule) -> bool:
+    return isinstance(rule.config, NASLoRA) and not set("*{") & set(rule.pattern)
+
+
+def _tail(path: str) -> str:
+    return "/".join(path.split("/")[-2:])
 
 
 def _edge_json(edge: Edge) -> dict[str, Any]:
@@ -78,7 +130,8 @@ def read_architecture(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]
     try:
         sites = {str(site): str(entry["operators"]) for site, entry in record["sites"].items()}
         found = {name: record[name] for name in _SETTINGS}
-        known = record["schema"] == 1 and bool(sites) and isinstance(found["partial"], int)
+        numbers = all(type(found[name]) is int for name in ("nodes", "partial"))
+        known = record["schema"] == 1 and bool(sites) and numbers
     except (KeyError, TypeError, AttributeError):
         known = False
     if not known:
@@ -94,6 +147,4 @@ def read_architecture(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]
             raise ValueError(
                 f"{path} was found with {name} {value}, not {settings[name]}; leave it out"
             )
-    if settings["targets"] is not None:
-        raise ValueError(f"{path} names the sites; leave out targets")
     return {"operators": sites_text(sites), **found}

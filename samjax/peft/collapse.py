@@ -13,7 +13,7 @@ from samjax.flops import count_flops
 from samjax.models.sam import Sam
 from samjax.peft.delta import NotMergeable
 from samjax.peft.resolve import resolve
-from samjax.peft.spec import PeftSpec, Rule
+from samjax.peft.spec import PeftSpec, Rule, pattern_of
 from samjax.peft.trees import deltas, fold, shared_names
 
 
@@ -40,8 +40,7 @@ def collapse(spec: PeftSpec, model: Sam, params: Any, peft: Any) -> Folded:
             raise NotMergeable(f"{path}: {reason}; and it needs what it shares with other sites")
         delta, settings = records[path].collapsed()
         _, rule, segments = sites[path]
-        pattern = f"{path}[{','.join(segments)}]" if segments else path
-        rules.append(Rule(pattern, settings or rule.config))
+        rules.append(Rule(pattern_of(path, segments), settings or rule.config))
         rest[*path.split("/"), "delta"] = delta
     return Folded(merged, PeftSpec(tuple(rules)), unflatten_dict(rest), reasons)
 

@@ -54,6 +54,14 @@ class StackDelta(Additive):
         """Every delta scaled."""
         return self.replace(deltas=tuple(delta.scaled(factor) for delta in self.deltas))
 
+    def metrics(self) -> dict[str, Any]:
+        """Those of all deltas, under their places."""
+        return {
+            f"{i}/{name}": value
+            for i, delta in enumerate(self.deltas)
+            for name, value in delta.metrics().items()
+        }
+
     def fingerprint(self) -> Sequence[Any]:
         """Those of all deltas, one after another."""
         return [number for delta in self.deltas for number in delta.fingerprint()]

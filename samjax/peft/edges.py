@@ -92,6 +92,12 @@ def parse_sites(text: str) -> dict[str, str]:
 
 
 def is_search(text: str) -> bool:
-    """Whether some edge of a text, with or without sites, has candidates without shares."""
-    texts = parse_sites(text).values() or ([text] if text else [])
-    return not texts or any(edge.is_open for t in texts for edge in parse_edges(t))
+    """Whether a text, with or without sites, leaves something open.
+
+    That is an edge with candidates without shares, or one of several without a weight.
+    """
+    texts = parse_sites(text).values() or [text]
+    cells = [parse_edges(t) for t in texts]
+    return not text or any(
+        edge.is_open or (len(cell) > 1 and edge.weight is None) for cell in cells for edge in cell
+    )

@@ -9,7 +9,8 @@ that it is, or cut down to each edge's strongest operator (`strongest`). With al
 skip_connect the cell is LoRA.
 
 NAS-PC-LoRA (`partial` K > 1, after PC-DARTS, Xu et al. 2020): the first rank / K channels go
-through the cell, the others pass it by, and all are shuffled.
+through the operators of an edge, the others pass them by, and all are shuffled, so that the next
+edge sees others. Behind a single edge the shuffle changes nothing but which row of B is which.
 
 A cell of several `nodes` is a graph as in DARTS: node j sums edges from the cell's input and from
 all earlier nodes, here weighted by softmax(beta), PC-DARTS's edge normalisation; its output is the
@@ -102,14 +103,7 @@ class NASLoRADelta(Additive):
         return join_segments(site.info, self.segments, parts)
 
     def mixed(self, z: Float[Array, "n h w r"]) -> Float[Array, "n h w r"]:
-        """C(z): the cell on the first channels, the others beside it, shuffled."""
-        out = self._graph(z[..., : self.channels])
-        if self.partial == 1:
-            return out
-        both = jnp.concatenate([out, z[..., self.channels :]], axis=-1)
-        return both[..., jnp.asarray(shuffle(self.rank, self.partial))]
-
-    def _graph(self, z: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+        """C(z)."""
         states, edge = [z], 0
         while edge < len(self.edges):
             incoming = [self._edge(edge + i, state) for i, state in enumerate(states)]
@@ -126,13 +120,24 @@ class NASLoRADelta(Additive):
         ]
 
     def metrics(self) -> dict[str, Any]:
-        """Of each edge the entropy of its mixture, in nats, and each operator's share."""
-        found = {}
-        for i, shares in enumerate(self.shares()):
+        """Of each edge the entropy of its mixture, in nats, each operator's share, its weight."""
+        found: dict[str, Any] = {}
+        for i, (shares, weight) in enumerate(zip(self.shares(), self.weights(), strict=True)):
             values = jnp.stack(list(shares.values()))
             found[f"edge_{i}/entropy"] = jax.scipy.special.entr(values).sum()
             found |= {f"edge_{i}/{name}": share for name, share in shares.items()}
+            if weight is not None:
+                found[f"edge_{i}/weight"] = weight
         return found
+
+    def weights(self) -> list[Any]:
+        """What each edge weighs in its node; None where it is the only one."""
+        weights: list[Any] = []
+        count = 1
+        while self.beta is not None and len(weights) < len(self.edges):
+            weights += list(self.edge_weights(len(weights), count))
+            count += 1
+        return weights or [None]
 
     def edge_weights(self, first: int, count: int) -> Any:
         """Those of `count` edges into one node; they sum to 1."""
@@ -140,7 +145,14 @@ class NASLoRADelta(Additive):
             return [1.0] * count
         return jax.nn.softmax(self.beta[first : first + count])
 
-    def _edge(self, edge: int, z: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+    def _edge(self, edge: int, z: Float[Array, "n h w r"]) -> Float[Array, "n h w r"]:
+        """The mixture of the first channels, the others beside it, shuffled."""
+        if self.partial == 1:
+            return self._mixture(edge, z)
+        first = self._mixture(edge, z[..., : self.channels])
+        return shuffle(jnp.concatenate([first, z[..., self.channels :]], axis=-1), self.partial)
+
+    def _mixture(self, edge: int, z: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
         if self.space == "linear":
             return convolve(z, self.edge_kernel(edge))
         shares, weights = jax.nn.softmax(self.alpha[edge]), self.cell[edge]
@@ -181,7 +193,7 @@ class NASLoRADelta(Additive):
 
     def _convolution(self) -> CollapsedDelta:
         # B in the order of before the shuffle.
-        order = jnp.argsort(jnp.asarray(shuffle(self.rank, self.partial)))
+        order = jnp.argsort(shuffle(jnp.arange(self.rank, dtype=jnp.float32), self.partial))
         return CollapsedDelta(
             a=self.a,
             kernel=self.edge_kernel(0),
@@ -198,15 +210,13 @@ class NASLoRADelta(Additive):
 
     def found(self) -> tuple[Edge, ...]:
         """The edges with the shares and weights that they have now."""
-        weights: list[Any] = [None] * len(self.edges)
-        if self.beta is not None:
-            first, count = 0, 1
-            while first < len(self.edges):
-                weights[first : first + count] = self.edge_weights(first, count).tolist()
-                first, count = first + count, count + 1
         return tuple(
-            Edge(names, tuple(jax.nn.softmax(alpha).tolist()), weight)
-            for names, alpha, weight in zip(self.edges, self.alpha, weights, strict=True)
+            Edge(
+                names,
+                tuple(jax.nn.softmax(alpha).tolist()),
+                None if weight is None else float(weight),
+            )
+            for names, alpha, weight in zip(self.edges, self.alpha, self.weights(), strict=True)
         )
 
     def strongest(self) -> NASLoRADelta:
@@ -270,16 +280,20 @@ class CollapsedDelta(Additive):
 def convolve(
     z: Float[Array, "n h w c"], kernel: Float[Array, "k k c c"]
 ) -> Float[Array, "n h w c"]:
-    """A convolution with zeros around the map."""
+    """A convolution with zeros around the map, in full float32: it is small, and it collapses."""
     return jax.lax.conv_general_dilated(
-        z, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        z,
+        kernel,
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=jax.lax.Precision.HIGHEST,
     )
 
 
-def shuffle(channels: int, groups: int) -> list[int]:
-    """The order that takes a channel of each group in turn (ShuffleNet; PC-DARTS)."""
-    each = channels // groups
-    return [group * each + i for i in range(each) for group in range(groups)]
+def shuffle(z: Float[Array, "*b r"], groups: int) -> Float[Array, "*b r"]:
+    """A channel of each group in turn (ShuffleNet; PC-DARTS)."""
+    return z.reshape(*z.shape[:-1], groups, -1).swapaxes(-1, -2).reshape(z.shape)
 
 
 def _enlarged(kernel: Float[Array, "k k c c"], size: int) -> Float[Array, "m m c c"]:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from samjax.ops import depthwise, matmul
+from samjax.ops import depthwise
 from samjax.peft.lora import kaiming_uniform
 
 Space = Literal["linear", "darts"]
@@ -127,7 +127,8 @@ class Separable(Operator):
         for i in range(self.times):
             kernel = weights[f"depthwise_{i}"].astype(z.dtype)
             z = depthwise(1, nn.relu(z), kernel, self.dilation)
-            z = normalized(matmul(z, weights[f"pointwise_{i}"].astype(z.dtype)), norm)
+            point = weights[f"pointwise_{i}"].astype(z.dtype)
+            z = normalized(jnp.matmul(z, point, precision=jax.lax.Precision.HIGHEST), norm)
         return z
 
     def kernel(self, weights: Weights, channels: int) -> Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,6 +111,12 @@ class MethodConfig:
             if name not in known:
                 has = f"has {', '.join(known)}" if known else "has no settings"
                 raise ValueError(f"method {self.method!r} has no setting {name}: it {has}")
+        sites = parse_sites(self.operators or "")
+        if sites and self.targets is not None and set(self.targets) != _targets_of(sites):
+            raise ValueError(
+                f"operators names layers of {', '.join(sorted(_targets_of(sites)))}, and targets is "
+                f"{', '.join(self.targets)}; leave out targets"
+            )
         self.spec()
 
     def _given(self) -> dict[str, Any]:
@@ -390,12 +396,24 @@ def _cell_rules(config: NASLoRA, operators: str, targets: tuple[str, ...]) -> tu
     return _linear_rules(dataclasses.replace(config, operators=operators), targets)
 
 
-def _search_stages(*, operators: str = "", **_: Any) -> tuple[str, ...]:
+def _targets_of(sites: Iterable[str]) -> set[str]:
+    """The targets that patterns of sites are of."""
+    found: set[str] = set()
+    for pattern in sites:
+        path, _, segments = pattern.partition("[")
+        module, _, layer = path.rpartition("/")
+        name = "mlp" if module.endswith("mlp") else layer
+        found |= set(segments.rstrip("]").split(",")) if segments else {name}
+    return found
+
+
+def _search_stages(*, operators: str = "", nodes: int = 1, **_: Any) -> tuple[str, ...]:
     """Warm-up with the architecture as it is (PC-DARTS), then both, then what was found as it is.
 
     Where there is nothing to search for, the architecture stays as it is all the time.
     """
-    if not is_search(operators):
+    # One text for all edges of several leaves their weights open.
+    if not is_search(operators) and (nodes == 1 or "|" in operators):
         return ("1:weights+decoder",)
     return ("0.3:weights+decoder", "0.4:all", "0.3:weights+decoder")
 

@@ -110,6 +110,11 @@ class PeftSpec:
         return PeftSpec(tuple(rules))
 
 
+def pattern_of(path: str, segments: tuple[str, ...]) -> str:
+    """The pattern that matches one site alone, and adapts these segments of it."""
+    return f"{path}[{','.join(segments)}]" if segments else path
+
+
 _KINDS: dict[str, type] = {**METHODS, "train": Train, "freeze": Freeze}
 
 

@@ -19,6 +19,7 @@ from samjax.data.pipeline import batches_from, train_batches
 from samjax.data.sources import Dataset
 from samjax.files import read_record, write_json
 from samjax.models import Sam
+from samjax.peft.delta import UNTRAINED
 from samjax.terminal import Interrupted, progress_bar
 from samjax.training import memory
 from samjax.training.checkpoint import Best, Checkpoints
@@ -36,6 +37,7 @@ from samjax.training.step import (
 from samjax.training.stop import StopRequest
 
 STEP_MEMORY = "step_memory.json"
+METRICS = "metrics.jsonl"
 Validate = Callable[[Any], dict[str, float]]
 
 
@@ -83,10 +85,12 @@ def fit(
         step = start = int(state.step)
         if start:
             console.print(f"resuming after step {start}")
-        log = MetricsLog(out / "metrics.jsonl", start)
+        log = MetricsLog(out / METRICS, start)
         task = bar.add_task("training", total=steps, completed=start, note="compiling")
         ended = start == steps or _out_of_patience(config, checkpoints.best(), start)
         span = feed = train_step = None
+        # By what tells programs apart; stages that are alike share one.
+        compiled: dict[Any, tuple[Any, memory.StepMemory]] = {}
         record_metrics = jax.jit(peft_lib.metrics)
         while not ended:
             begins = span is None or step == span.stop
@@ -98,10 +102,12 @@ def fit(
             if begins:
                 if len(trainer.spans) > 1:
                     console.print(_announce(trainer.spans.index(span), trainer.spans))
-                bar.update(task, note="compiling")
-                train_step, needs = _compile(
-                    console, trainer.step(span.stage), state, frozen, inputs
-                )
+                kind = span.stage.groups, span.stage.split
+                if kind not in compiled:
+                    bar.update(task, note="compiling")
+                    step_function = trainer.step(span.stage)
+                    compiled[kind] = _compile(console, step_function, state, frozen, inputs)
+                train_step, needs = compiled[kind]
                 _note_memory(out / STEP_MEMORY, needs)
             with memory.exhaustion():
                 state, logs = train_step(state, frozen, inputs)
@@ -120,6 +126,7 @@ def fit(
                 bar.update(task, note="")
             validates = validate is not None and _is_due(step, config.validate_every, steps)
             saves = validates or _is_due(step, config.checkpoint_every, steps) or stop.requested
+            saves = saves or step == span.stop  # the next stage may need more memory than there is
             writes = saves or _is_due(step, config.log_every, steps)
             if writes:
                 log.stop_clock(step)
@@ -133,7 +140,8 @@ def fit(
                 log.write(step, values)
                 bar.update(task, note=_note(values))
                 if saves:
-                    checkpoints.save(state, metrics)
+                    # States of earlier stages are not yet what the run is after.
+                    checkpoints.save(state, metrics if span.stop == steps else None)
             if writes or begins:  # a stage's first step is mostly compilation
                 log.start_clock(step)
             if saves and stop.requested:  # else it came too late for a save: the next step's
@@ -198,6 +206,15 @@ def prepare(config: Config, model: Sam, spec: peft_lib.PeftSpec, base: Any, step
         lambda leaves: init_state(jax.tree.map(jnp.copy, leaves), optimizer(stages[0].stage))
     )
     return Trainer(stages, first(train_leaves), frozen, step)
+
+
+def check_stages(config: Config, model: Sam, spec: peft_lib.PeftSpec, num_images: int) -> None:
+    """Raises ValueError for stages that a run cannot have; nothing is allocated."""
+    params = model.init_params_shapes()
+    peft = jax.eval_shape(lambda p: peft_lib.attach(spec, model, p, jax.random.key(0)), params)
+    groups = peft_lib.groups(spec, model, {"params": params, "peft": peft})
+    present = set(jax.tree.leaves(groups)) - UNTRAINED
+    spans(config.parsed_stages(), config.num_steps(num_images), present)
 
 
 def _note_memory(file: Path, needs: memory.StepMemory) -> None:

@@ -68,22 +68,31 @@ def parse(text: str) -> Stage:
 def spans(stages: Sequence[Stage], steps: int, present: Collection[str]) -> list[Span]:
     """The stages of a run of so many steps, one step each at least; all of it without stages.
 
-    `present` are the groups that a run has. Raises ValueError for a stage in which nothing trains,
-    and for more stages than steps.
+    `present` are the groups that a run has; a stage keeps those of its groups. Raises ValueError
+    for a stage in which nothing trains, or whose halves of the data have nothing to train on one
+    of them, and for more stages than steps.
     """
     if not stages:
         return [Span(0, steps, Stage(1.0, frozenset(present)))]
     if len(stages) > steps:
         raise ValueError(f"{len(stages)} stages need as many steps, and the run has {steps}")
     total, ends, done = sum(stage.share for stage in stages), [], 0.0
+    kept: list[Stage] = []
     for i, stage in enumerate(stages):
         if not stage.groups & set(present):
             raise ValueError(
                 f"stage {i + 1} trains {' and '.join(sorted(stage.groups))}, and the method has "
                 f"{' and '.join(sorted(present))} alone: nothing would train"
             )
+        groups = stage.groups & set(present)
+        if stage.split and not (ARCH in groups and groups - {ARCH}):
+            raise ValueError(
+                f"stage {i + 1} keeps halves of the data apart, and one of them would train "
+                f"nothing: the method has {' and '.join(sorted(present))}; leave out :{_SPLIT}"
+            )
+        kept.append(dataclasses.replace(stage, groups=groups))
         done += stage.share
         earliest, latest = (ends[-1] if ends else 0) + 1, steps - (len(stages) - 1 - i)
         ends.append(min(max(round(steps * done / total), earliest), latest))
     starts = [0, *ends[:-1]]
-    return [Span(*span) for span in zip(starts, ends, stages, strict=True)]
+    return [Span(*span) for span in zip(starts, ends, kept, strict=True)]

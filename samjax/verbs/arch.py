@@ -29,6 +29,9 @@ class Arch:
     out: Path | None = None
     """Where the JSON goes, and beside it the picture; left out, architecture.json in the run's
     folder or beside the adapter."""
+    adapter: Path | None = None
+    """Where the run's trained adapter goes with its cells derived, for `samjax eval RUN --adapter`;
+    left out, nowhere."""
     json: bool = False
     """Print one JSON object, on one line, last on stdout."""
 
@@ -37,27 +40,36 @@ class Arch:
         from samjax import arch
         from samjax.files import check_parent
         from samjax.run import ADAPTER, finished_run_config
+        from samjax.training.loop import METRICS
 
-        folder = self.run if self.run.is_dir() else self.run.parent
-        if self.run.is_dir():
-            finished_run_config(self.run)
+        is_run = self.run.is_dir()
+        config = finished_run_config(self.run) if is_run else None
+        folder, trained = (self.run, self.run / ADAPTER) if is_run else (self.run.parent, self.run)
         out = self.out or folder / f"{arch.NAME}.json"
         if out.suffix != ".json":
             raise ValueError(f"{out} must end in .json, by which --operators knows it")
         check_parent(out)
-        found = arch.find(folder / ADAPTER if self.run.is_dir() else self.run, self.derive)
+        if self.adapter is not None:
+            check_parent(self.adapter)
+            if config is None:
+                raise ValueError("--adapter needs a run's folder, which knows its weights")
+            if self.adapter.exists():
+                raise FileExistsError(f"{self.adapter} exists already; choose another --adapter")
+        found = arch.find(trained, self.derive)
         arch.show(found, console)
         plots = importlib.util.find_spec("matplotlib") is not None
         if not plots:
             console.print("without matplotlib there is no picture: pip install 'samjax[plot]'")
-        log = folder / arch.METRICS
-        metrics = log if self.run.is_dir() and log.is_file() else None
-        files = arch.write(found, out, metrics, plots)
-        console.print(f"written: {', '.join(map(str, files))}")
+        log = self.run / METRICS
+        files = arch.write(found, out, log if is_run and log.is_file() else None, plots)
+        if self.adapter is not None and config is not None:
+            arch.write_derived(config, trained, self.derive, self.adapter)
+            files.append(self.adapter)
         return {**found, "files": [str(file) for file in files]}
 
 
 def run(argv: list[str], console: Console) -> Outcome:
     """Reads the arguments and runs the verb."""
     args = parse(Arch, argv, "samjax arch", None, None)
-    return args.show(console), args.json
+    result = args.show(console)
+    return (result, True) if args.json else ({"written": result["files"]}, False)

@@ -18,7 +18,8 @@ from samjax.verbs.experiment import open_experiment
 
 @dataclasses.dataclass(frozen=True)
 class EvalRun:
-    """Evaluates a finished run: Dice and IoU over a split, and a CSV with one row per image.
+    """Evaluates a finished run: Dice, IoU, S-measure, mean E-measure, weighted F-measure and MAE
+    over a split, and a CSV with one row per image.
 
     Example: samjax eval runs/kvasir_lora --split test
     """
@@ -27,12 +28,15 @@ class EvalRun:
     """Which part of the data."""
     eval_prompt: Literal["none", "box", "point"] | None = None
     """No prompt, the truth's box or its most central point; left out, as in the run."""
+    adapter: Path | None = None
+    """Another adapter than the run's own, such as one that `samjax arch` derived from it."""
     weights: str | None = None
     """Where the run's weights are now; left out, where they were."""
     data: str | None = None
     """Where the data is now; left out, where it was."""
     csv: Path | None = None
-    """Where the metrics of each image go; left out, RUN/eval_SPLIT_PROMPT.csv."""
+    """Where the metrics of each image go; left out, RUN/eval_SPLIT_PROMPT.csv, with the name of
+    another adapter at its end."""
     json: bool = False
     """Print one JSON object, on one line, last on stdout."""
 
@@ -63,9 +67,10 @@ def run(argv: list[str], console: Console) -> Outcome:
         config = finished_run_config(
             target, eval_prompt=args.eval_prompt, weights=args.weights, data=args.data
         )
-        csv = args.csv or target / f"eval_{args.split}_{config.evaluation_prompt}.csv"
+        mark = f"_{args.adapter.stem}" if args.adapter else ""
+        csv = args.csv or target / f"eval_{args.split}_{config.evaluation_prompt}{mark}.csv"
         _check_csv(csv)
-        result = evaluate_run(target, config, args.split, console)
+        result = evaluate_run(target, config, args.split, console, args.adapter)
     else:
         experiment = open_experiment(argv, "eval", inspect.getdoc(EvalRun) or "")
         default = EvalExperiment(config=experiment.config)

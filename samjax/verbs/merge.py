@@ -49,6 +49,8 @@ class Merge:
         check_destination(self.dst, self.to)
         if self.rest is not None:
             check_parent(self.rest)
+            if self.rest.exists():
+                raise FileExistsError(f"{self.rest} exists already; choose another --rest")
         model, params, records = load_adapted(self.weights, self.adapter, model=self.model)
         check_destination(self.dst, self.to, model.config)
         file = peft.read(self.adapter)
@@ -68,32 +70,46 @@ class Merge:
                 + " of the outputs' deviation"
             )
             result["max_difference"] = differences
-        write_weights(self.dst, model.config, folded.params, self.to)
-        console.print(f"{self.adapter} merged into {self.weights}; written to {self.dst}")
         if folded.reasons and self.rest is not None:
             variables = {"params": folded.params, "peft": folded.peft}
             base = params_sha256(folded.params)
             peft.save(self.rest, folded.spec, model, variables, base, file.metadata)
-            costs = peft.encoding_flops(model, params, records, folded)
-            counts = peft.report(folded.spec, model)
-            sites, total = len(folded.reasons), len(peft.deltas(records))
-            console.print(
-                f"{sites} of {total} sites stay, {counts.adapter:,} numbers, in {self.rest}, for "
-                f"the merged weights: encoding an image takes {costs['rest']:.4f} of the plain "
-                f"model's FLOPs, and took {costs['adapted']:.4f}"
-            )
-            for reason, paths in _by_reason(folded.reasons).items():
-                more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-                console.print(f"{paths[0]}{more}: {reason}")
-            result |= {
-                "rest": str(self.rest),
-                "rest_sites": sites,
-                "rest_numbers": counts.adapter,
-                "encoding_flops": costs,
-            }
-        elif self.rest is not None:
-            console.print(f"all of it folds: there is no rest, and {self.rest} is not written")
+            try:
+                write_weights(self.dst, model.config, folded.params, self.to)
+            except BaseException:
+                self.rest.unlink()  # which is of no use without them
+                raise
+            result |= self._describe_rest(console, model, params, records, folded)
+        else:
+            write_weights(self.dst, model.config, folded.params, self.to)
+            if self.rest is not None:
+                console.print(f"all of it folds: there is no rest, and {self.rest} is not written")
+        console.print(f"{self.adapter} merged into {self.weights}; written to {self.dst}")
         return result
+
+    def _describe_rest(
+        self, console: Console, model: Any, params: Any, records: Any, folded: Any
+    ) -> dict[str, Any]:
+        """Says in numbers what stays."""
+        from samjax import peft
+
+        costs = peft.encoding_flops(model, params, records, folded)
+        counts = peft.report(folded.spec, model)
+        sites, total = len(folded.reasons), len(peft.deltas(records))
+        console.print(
+            f"{sites} of {total} sites stay, {counts.adapter:,} numbers, in {self.rest}, for the "
+            f"merged weights: encoding an image takes {costs['rest']:.4f} of the plain model's "
+            f"FLOPs, and took {costs['adapted']:.4f}"
+        )
+        for reason, paths in _by_reason(folded.reasons).items():
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            console.print(f"{paths[0]}{more}: {reason}")
+        return {
+            "rest": str(self.rest),
+            "rest_sites": sites,
+            "rest_numbers": counts.adapter,
+            "encoding_flops": costs,
+        }
 
 
 def _by_reason(reasons: dict[str, str]) -> dict[str, list[str]]:

@@ -30,6 +30,8 @@ def searched(files, call, tmp_path_factory):
 
 
 def test_what_was_found_is_shown_and_written(call, searched):
+    plain = call("arch", searched)
+    assert plain.code == 0 and plain.out.startswith("written: ") and plain.out.count("\n") == 1
     result = call("arch", searched, "--json")
     assert result.code == 0
     for said in ("blocks_0/attn/qkv", "sep_conv_5x5", "entropy", "strongest"):
@@ -63,6 +65,18 @@ def test_a_run_starts_from_what_was_found(call, files, searched, tmp_path, deriv
             best = max((n for n in shares if n != "none"), key=shares.__getitem__)
             shares = {best: 1.0}
         assert entry["edges"][0]["shares"] == pytest.approx(shares, rel=1e-4)
+
+
+def test_the_trained_adapter_is_derived_and_evaluated(call, searched, tmp_path, assert_refused):
+    derived = tmp_path / "strongest.safetensors"
+    flags = ("--derive", "strongest", "--adapter", derived, "--out", tmp_path / "a.json")
+    assert call("arch", searched, *flags).code == 0
+    result = call("eval", searched, "--adapter", derived, "--json")
+    own = call("eval", searched, "--json")
+    assert result.json["csv"] == str(searched / "eval_test_none_strongest.csv")
+    assert result.json["images"] == own.json["images"]
+    assert result.json["dice"] != own.json["dice"] or result.json["mae"] != own.json["mae"]
+    assert_refused(call("arch", searched, *flags), "exists already; choose another --adapter")
 
 
 def test_an_adapter_file_will_do(call, searched, tmp_path):
@@ -99,6 +113,14 @@ def test_what_folds_whole_has_no_rest(call, files, trained, tmp_path):
     assert result.code == 0 and "there is no rest" in result.err and not rest.exists()
 
 
+def test_merge_overwrites_no_rest(call, files, searched, tmp_path, assert_refused):
+    adapter = searched / "adapter.safetensors"
+    before = adapter.read_bytes()
+    flags = ("--weights", files / "small", "--adapter", adapter, "--rest", adapter)
+    assert_refused(call("merge", tmp_path / "merged", *flags), "exists already; choose another")
+    assert adapter.read_bytes() == before
+
+
 def test_bad_input(call, files, trained, searched, assert_refused, tmp_path):
     assert trained.code == 0
     assert_refused(call("arch", files / "run"), "no searchable cell; nas_lora and nas_pc_lora")
@@ -108,3 +130,5 @@ def test_bad_input(call, files, trained, searched, assert_refused, tmp_path):
     assert_refused(call("arch", searched, "--out", tmp_path / "x/a.json"), "x")
     absent = ("--method", "nas_lora", "--operators", tmp_path / "absent.json")
     assert_refused(call("params", *absent), "no architecture at")
+    alone = ("arch", searched / "adapter.safetensors", "--adapter", tmp_path / "b.safetensors")
+    assert_refused(call(*alone), "--adapter needs a run's folder")

@@ -9,6 +9,7 @@ import pytest
 
 from samjax import peft
 from samjax.peft import MethodConfig, NotMergeable
+from samjax.peft.architecture import derive_adapter, left_out
 from samjax.peft.nas_lora import CollapsedDelta, NASLoRADelta
 from samjax.peft.trees import deltas
 
@@ -38,7 +39,9 @@ def test_a_run_starts_from_what_was_found(small_model, small_params, tmp_path, s
     records = moved(method.spec(), small_model, small_params)
     found = peft.architecture(records, derive)
     (tmp_path / "found.json").write_text(json.dumps(found))
-    later = MethodConfig("nas_lora", operators=str(tmp_path / "found.json"))
+    targets = settings.get("targets")
+    file = str(tmp_path / "found.json")
+    later = MethodConfig("nas_lora", operators=file, targets=targets)
     assert later.space == found["space"] and later.stages == ("1:weights+decoder",)
     (tmp_path / "found.json").unlink()  # the config knows what was in it
     fresh = peft.attach(later.spec(), small_model, small_params, jax.random.key(1))
@@ -65,7 +68,8 @@ def test_a_run_starts_from_what_was_found(small_model, small_params, tmp_path, s
     [
         ({"partial": 2}, {}, "found with method nas_pc_lora, not nas_lora"),
         ({}, {"space": "darts"}, "found with space linear, not darts; leave it out"),
-        ({}, {"targets": ("q",)}, "names the sites; leave out targets"),
+        ({}, {"targets": ("q",)}, "names layers of qkv, and targets is q; leave out targets"),
+        ({"nodes": "1"}, {}, "holds no architecture"),
         ({"sites": {}}, {}, "holds no architecture"),
         ({"schema": 2}, {}, "holds no architecture"),
         ({"sites": {"x": {}}}, {}, "holds no architecture"),
@@ -84,6 +88,33 @@ def test_files_that_cannot_be_started_from(
         MethodConfig("nas_lora", operators=str(file))
     with pytest.raises(FileNotFoundError, match="samjax arch RUN"):
         MethodConfig("nas_lora", operators=str(tmp_path / "none.json"))
+
+
+@pytest.mark.parametrize("derive", ["mixture", "strongest"])
+def test_a_trained_adapter_is_derived(small_model, small_params, tmp_path, derive):
+    """Its file loads, and holds what the cells' strongest operators, or all of them, were."""
+    spec = MethodConfig("nas_pc_lora", space="darts", nodes=2, decoder="none").spec()
+    records = moved(spec, small_model, small_params)
+    small, cut = derive_adapter(spec, small_model, records, derive)
+    variables = {"params": small_params, "peft": cut}
+    peft.save(tmp_path / "a.safetensors", small, small_model, variables, "base")
+    again = deltas(peft.records(peft.read(tmp_path / "a.safetensors")))
+    for path, delta in deltas(records).items():
+        expected = delta.strongest() if derive == "strongest" else delta
+        assert jax.tree.structure(again[path]) == jax.tree.structure(expected)
+        for one, other in zip(*map(jax.tree.leaves, (again[path], expected)), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_layers_without_an_adapter_are_told_of(small_model):
+    whole = MethodConfig("nas_lora").spec()
+    assert not left_out(whole, small_model)
+    first = "image_encoder/blocks_0/attn/qkv"
+    part = MethodConfig("nas_lora", operators=f"{first}: skip_connect").spec()
+    assert "1 that are like them, such as image_encoder/blocks_1/attn/qkv" in left_out(
+        part, small_model
+    )
+    assert not left_out(MethodConfig("lora").spec(), small_model)
 
 
 def test_without_a_cell_there_is_no_architecture(small_model, small_params):

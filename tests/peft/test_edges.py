@@ -23,6 +23,7 @@ from samjax.peft.edges import (
             [Edge(("a",), None, 0.4), Edge(("b", "c"), (0.5, 0.5), 0.6)],
             False,
         ),
+        ("a|b|c", [Edge(("a",)), Edge(("b",)), Edge(("c",))], True),
         ("a|a+b", [Edge(("a",)), Edge(("a", "b"))], True),
     ],
 )

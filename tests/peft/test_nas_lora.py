@@ -72,24 +72,26 @@ def torch_update(delta, x):
     """scale * C(x A) B of a record, NHWC."""
     torch = pytest.importorskip("torch")
     a, b = doubles(delta.a), doubles(delta.b)
-    z = (doubles(x) @ a).permute(0, 3, 1, 2)
-    inside, beside = z[:, : delta.channels], z[:, delta.channels :]
-    states, edge = [inside], 0
+    states, edge = [(doubles(x) @ a).permute(0, 3, 1, 2)], 0
     while edge < len(delta.edges):
         into = range(edge, edge + len(states))
         beta = torch.ones(1) if delta.beta is None else doubles(delta.beta)[list(into)]
         node = 0
         for weight, number, state in zip(torch.softmax(beta, 0), into, states, strict=True):
             shares = torch.softmax(doubles(delta.alpha[number]), 0)
+            inside, beside = state[:, : delta.channels], state[:, delta.channels :]
+            mixture = 0
             for share, name in zip(shares, delta.edges[number], strict=True):
                 cell = delta.cell[number][name]
-                y = torch_operator(name, cell, state, delta.space, delta.norm)
-                node = node + weight * share * y
+                y = torch_operator(name, cell, inside, delta.space, delta.norm)
+                mixture = mixture + share * y
+            whole = torch.cat([mixture, beside], 1)
+            if delta.partial > 1:
+                whole = torch.nn.functional.channel_shuffle(whole, delta.partial)
+            node = node + weight * whole
         edge += len(states)
         states.append(node)
     out = torch.stack(states[1:]).mean(0)
-    if delta.partial > 1:
-        out = torch.nn.functional.channel_shuffle(torch.cat([out, beside], 1), delta.partial)
     y = torch.cat([out.permute(0, 2, 3, 1) @ part for part in b], -1)
     return (y * float(delta.scale)).numpy()
 
@@ -194,8 +196,13 @@ def test_the_settings_of_a_collapsed_cell_start_as_lora():
 
 
 def test_shuffle_is_pc_darts():
-    assert shuffle(6, 2) == [0, 3, 1, 4, 2, 5]
-    assert shuffle(4, 1) == [0, 1, 2, 3]
+    torch = pytest.importorskip("torch")
+    z = RNG.normal(size=(2, 3, 4, 12)).astype(np.float32)
+    for groups in (1, 2, 3, 4):
+        theirs = torch.nn.functional.channel_shuffle(torch.tensor(z).permute(0, 3, 1, 2), groups)
+        np.testing.assert_array_equal(
+            shuffle(jnp.asarray(z), groups), theirs.permute(0, 2, 3, 1).numpy()
+        )
 
 
 def test_counts_of_the_darts_space():
