@@ -113,9 +113,10 @@ class MethodConfig:
                 raise ValueError(f"method {self.method!r} has no setting {name}: it {has}")
         sites = parse_sites(self.operators or "")
         if sites and self.targets is not None and set(self.targets) != _targets_of(sites):
+            named = ", ".join(sorted(_targets_of(sites)))
             raise ValueError(
-                f"operators names layers of {', '.join(sorted(_targets_of(sites)))}, and targets is "
-                f"{', '.join(self.targets)}; leave out targets"
+                f"operators names layers of {named}, and targets is {', '.join(self.targets)}; "
+                "leave out targets"
             )
         self.spec()
 

@@ -58,7 +58,9 @@ class OptimizerConfig:
             raise ValueError(f"warmup is a share of all steps in [0, 1), not {self.warmup}")
         decays = self.weight_decay, self.arch_weight_decay
         if not self.clip > 0 or not all(0 <= decay < math.inf for decay in decays):
-            raise ValueError("clip must be positive, and neither weight decay negative")
+            raise ValueError(
+                "clip must be positive, weight_decay and arch_weight_decay not negative"
+            )
 
 
 def make_optimizer(

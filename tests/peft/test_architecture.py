@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from samjax import peft
+from samjax.flops import count_flops
+from samjax.models import MODELS, Sam
 from samjax.peft import MethodConfig, NotMergeable
 from samjax.peft.architecture import derive_adapter, left_out
+from samjax.peft.delta import is_delta
 from samjax.peft.nas_lora import CollapsedDelta, NASLoRADelta
 from samjax.peft.trees import deltas
 
@@ -150,6 +153,32 @@ def test_collapse_is_exact(small_model, small_params, tiny_model, tiny_params, m
         assert 1 < costs["rest"] <= costs["adapted"]
         with pytest.raises(NotMergeable, match=r"a convolution of \d channels stays"):
             peft.merge(model, params, records)
+
+
+@pytest.mark.parametrize("method", ["nas_lora", "nas_pc_lora"])
+def test_inference_costs_hardly_more_than_lora(method):
+    """ViT-B at 1024 pixels, at equal rank; counted from the jaxpr, nothing is computed."""
+    model = Sam(MODELS["vit_b"])
+    params = model.init_params_shapes()
+
+    def adapted(method):
+        spec = MethodConfig(method, targets=("qkv",), decoder="none").spec()
+        return jax.eval_shape(lambda p: peft.attach(spec, model, p, jax.random.key(0)), params)
+
+    frame = model.config.frame.shape
+
+    def flops(records):
+        def encode(variables, image):
+            return model.apply(variables, image, jnp.array([frame]), method="encode")
+
+        image = jax.ShapeDtypeStruct((1, *frame, 3), jnp.uint8)
+        return count_flops(encode, {"params": params, "peft": records}, image)
+
+    cell = adapted(method)
+    collapsed = jax.eval_shape(
+        lambda tree: jax.tree.map(lambda d: d.collapsed()[0], tree, is_leaf=is_delta), cell
+    )
+    assert flops(collapsed) <= flops(cell) <= 1.01 * flops(adapted("lora"))
 
 
 def test_skip_connections_fold_and_others_stay(small_model, small_params):

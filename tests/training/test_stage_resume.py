@@ -90,3 +90,13 @@ def test_other_stages_are_another_run(staged, finished, command, tmp_path, capsy
     capsys.readouterr()
     assert main([*command(staged, out)[3:], "--resume", "--stages", "1:all"]) == 1
     assert "with another config: stages was" in capsys.readouterr().err
+
+
+def test_stages_that_cannot_be_are_told_before_any_work(staged, command, tmp_path, capsys):
+    out = tmp_path / "run"
+    for flags, message in (
+        (("--stages", "1:arch", "--method", "lora"), "stage 1 trains arch, and the method has"),
+        (("--steps", "2"), "3 stages need as many steps, and the run has 2"),
+    ):
+        assert main([*command(staged, out)[3:], *flags]) == 1
+        assert message in capsys.readouterr().err and not out.exists()

@@ -5,15 +5,18 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from samjax import peft
 from samjax.config import Config
+from samjax.method_text import with_method
 from samjax.models import Sam, SamConfig, VitConfig
 from samjax.peft import MethodConfig
 from samjax.training.loop import _note_memory, prepare
 from samjax.training.memory import StepMemory
 from samjax.training.stages import Stage, parse, spans
+from samjax.training.step import OptimizerConfig, make_optimizer
 
 SIDE = 32
 ALL = frozenset({"weights", "arch", "decoder"})
@@ -63,6 +66,56 @@ def test_steps_of_stages():
         spans(stages, 2, ALL)
     with pytest.raises(ValueError, match="stage 1 trains arch, and the method has decoder and we"):
         spans([parse("1:arch")], 5, {"weights", "decoder"})
+
+
+def test_halves_need_both_an_architecture_and_weights():
+    with pytest.raises(ValueError, match="stage 1 keeps halves of the data apart, and one of them"):
+        spans([parse("1:all:split")], 5, {"weights", "decoder"})
+    assert spans([parse("1:all:split")], 5, ALL)[0].stage.split
+    # What a run does not have does not count.
+    assert spans([parse("1:all")], 5, {"weights", "arch"})[0].stage.groups == {"weights", "arch"}
+
+
+def test_stages_belong_to_their_method():
+    config = Config(method=SETTINGS, stages=("1:all",))
+    assert with_method(config, "nas_lora").stages == ("1:all",)
+    assert with_method(config, "lora").stages is None
+    text = "nas_pc_lora:stages=0.5:weights+decoder/0.5:all:split,rank=8"
+    assert with_method(config, text).stages == ("0.5:weights+decoder", "0.5:all:split")
+    with pytest.raises(ValueError, match="no group 'x'"):
+        with_method(config, "nas_lora:stages=1:x").parsed_stages()
+
+
+def test_three_stages_are_torchs_optimisers():
+    """AdamW with warm-up and cosine where weights train, Adam with DARTS's settings for a."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    start = {name: rng.normal(size=(3, 2)).astype(np.float32) for name in ("weights", "arch")}
+    settings = OptimizerConfig(weight_decay=0.1, warmup=0.25, clip=1e9, arch_learning_rate=0.02)
+    stages = [("weights",)] * 3 + [("weights", "arch")] * 4 + [("weights",)] * 2
+    trained = {"weights": 9, "arch": 4}
+    labels = {name: name for name in start}
+    peak, warmup = 0.01, round(0.25 * 9)
+
+    theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
+    adamw = torch.optim.AdamW([theirs["weights"]], lr=peak, weight_decay=0.1)
+    adam = torch.optim.Adam([theirs["arch"]], lr=0.02, betas=(0.5, 0.999), weight_decay=1e-3)
+    ours = jax.tree.map(jnp.asarray, start)
+    state = make_optimizer(settings, trained, labels, peak, stages[0]).init(ours)
+    for i, active in enumerate(stages):
+        grads = {name: rng.normal(size=(3, 2)).astype(np.float32) for name in start}
+        optimizer = make_optimizer(settings, trained, labels, peak, active)
+        updates, state = optimizer.update(jax.tree.map(jnp.asarray, grads), state, ours)
+        ours = optax.apply_updates(ours, updates)
+        for name, own in (("weights", adamw), ("arch", adam)):
+            if name in active:
+                theirs[name].grad = torch.tensor(grads[name])
+                if name == "weights":
+                    rise, fall = i / warmup, (i - warmup) / (9 - warmup)
+                    share = rise if i < warmup else 0.5 * (1 + np.cos(np.pi * fall))
+                    own.param_groups[0]["lr"] = peak * share
+                own.step()
+            np.testing.assert_allclose(ours[name], theirs[name].detach().numpy(), atol=1e-6)
 
 
 def test_half_batches_must_be_whole():
