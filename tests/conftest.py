@@ -41,11 +41,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Fixtures and what JAX compiled are a worker's own, and tests of a group share them.
     """
     for item in items:
-        group = str(item.path)
-        if callspec := getattr(item, "callspec", None):
-            case = (callspec.params.get(name) for name in ("model_and_params", "case"))
-            group += "".join(f" {name}" for name in case if name)
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+
+
+def _group(item: pytest.Item) -> str:
+    group = str(item.path)
+    if callspec := getattr(item, "callspec", None):
+        case = (callspec.params.get(name) for name in ("model_and_params", "case"))
+        group += "".join(f" {name}" for name in case if name)
+    return group
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Forgets the programs of a group that is done: all of them together are many gigabytes."""
+    if nextitem is None or _group(nextitem) != _group(item):
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
