@@ -76,7 +76,7 @@ def derive_adapter(spec: PeftSpec, model: Sam, peft: Any, derive: Derive) -> tup
 
     Raises ValueError for cells in a Stack.
     """
-    sites, records, rules = resolve(spec, model).sites, dict(deltas(peft)), []
+    sites, records, rules = resolve(spec, model).sites, deltas(peft), []
     flat = flatten_dict(peft, is_leaf=lambda _, node: is_record(node))
     for path, cell in cells(peft).items():
         if records[path] is not cell:

@@ -95,12 +95,7 @@ class NASLoRADelta(Additive):
         self, site: Site, x: Float[Array, "n h w c"], ctx: Context
     ) -> Float[Array, "n h w d"]:
         """scale * C(x A) B; the cell is computed in float32."""
-        x = drop(x, self.dropout, site, ctx)
-        z = matmul(x, self.a.astype(x.dtype)).astype(jnp.float32)
-        z = self.mixed(z).astype(x.dtype)
-        b = (self.b * self.scale).astype(x.dtype)
-        parts = [matmul(z, b[i]) for i in range(b.shape[0])]
-        return join_segments(site.info, self.segments, parts)
+        return _between(self, site, drop(x, self.dropout, site, ctx))
 
     def mixed(self, z: Float[Array, "n h w r"]) -> Float[Array, "n h w r"]:
         """C(z)."""
@@ -253,13 +248,12 @@ class CollapsedDelta(Additive):
         self, site: Site, x: Float[Array, "n h w c"], ctx: Context
     ) -> Float[Array, "n h w d"]:
         """scale * conv(x A) B; the convolution is computed in float32."""
-        z = matmul(x, self.a.astype(x.dtype)).astype(jnp.float32)
+        return _between(self, site, x)
+
+    def mixed(self, z: Float[Array, "n h w r"]) -> Float[Array, "n h w r"]:
+        """The convolution of the first channels, the others beside it."""
         c = self.kernel.shape[-1]
-        z = jnp.concatenate([convolve(z[..., :c], self.kernel), z[..., c:]], axis=-1)
-        z = z.astype(x.dtype)
-        b = (self.b * self.scale).astype(x.dtype)
-        parts = [matmul(z, b[i]) for i in range(b.shape[0])]
-        return join_segments(site.info, self.segments, parts)
+        return jnp.concatenate([convolve(z[..., :c], self.kernel), z[..., c:]], axis=-1)
 
     def kernel_update(self, info: SiteInfo, kernel: Any, ctx: Context) -> Any:
         """scale * A K B, where the convolution is 1 x 1. Raises NotMergeable elsewhere."""
@@ -275,6 +269,17 @@ class CollapsedDelta(Additive):
         b = self.b.astype(jnp.float32) * self.scale
         update = jnp.matmul(low, b, precision=jax.lax.Precision.HIGHEST)
         return join_segments(info, self.segments, list(update))
+
+
+def _between(
+    delta: NASLoRADelta | CollapsedDelta, site: Site, x: Float[Array, "n h w c"]
+) -> Float[Array, "n h w d"]:
+    """scale * C(x A) B, where C is what the delta makes of a map, in float32 (`mixed`)."""
+    z = matmul(x, delta.a.astype(x.dtype)).astype(jnp.float32)
+    z = delta.mixed(z).astype(x.dtype)
+    b = (delta.b * delta.scale).astype(x.dtype)
+    parts = [matmul(z, b[i]) for i in range(b.shape[0])]
+    return join_segments(site.info, delta.segments, parts)
 
 
 def convolve(
