@@ -21,6 +21,7 @@ from samjax.config import Config
 from samjax.files import write_beside, write_json
 from samjax.peft.architecture import Derive, architecture, derive_adapter
 from samjax.run import open_model
+from samjax.terminal import print_wide
 
 NAME = "architecture"
 
@@ -78,8 +79,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         cells = [f"{shares[n]:.3f}" if n in shares else "" for n in names]
         cells += [f"{entropy(shares):.3f}", *([f"{entry['weight']:.3f}"] if several else [])]
         table.add_row(edge, *cells, best)
-    table.width = console.measure(table, options=console.options.update(width=200)).maximum
-    console.print(table, crop=False)
+    print_wide(table, console)
 
 
 def write(found: dict[str, Any], json_file: Path, metrics: Path | None, plots: bool) -> list[Path]:

@@ -22,6 +22,7 @@ from rich.table import Table
 from samjax.config import Config
 from samjax.evaluation.metrics import TITLES
 from samjax.files import write_beside, write_json
+from samjax.terminal import print_wide
 from samjax.training.memory import gigabytes
 
 _BASELINE = "before training"
@@ -173,9 +174,7 @@ class Comparison:
             table.add_column(name, justify="right" if i else "left", overflow="fold")
         for row in rows:
             table.add_row(*row)
-        # As wide as it needs to be: what is no terminal counts as a narrow one.
-        table.width = console.measure(table, options=console.options.update(width=200)).maximum
-        console.print(table, crop=False)
+        print_wide(table, console)
         for text in (self.budget(), *self._failures()):
             console.print(text)
 

@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Table
 
 from samjax.data.walk import Track
 
@@ -93,3 +94,9 @@ def notices_on(console: Console) -> Iterator[None]:
     finally:
         logger.setLevel(before[0])
         logger.handlers, logger.propagate = before[1:]
+
+
+def print_wide(table: Table, console: Console) -> None:
+    """Prints a table as wide as it needs to be: what is no terminal counts as a narrow one."""
+    table.width = console.measure(table, options=console.options.update(width=200)).maximum
+    console.print(table, crop=False)
