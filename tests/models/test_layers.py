@@ -156,24 +156,35 @@ def test_windows_pad_the_right_sides(segment_anything, size):
         ((13, 64), 0, (1, 1)),
     ],
 )
-def test_chunked_attention_is_dense_attention(size, scores, chunk, monkeypatch):
+def test_attention_and_its_gradients_are_the_references(
+    segment_anything, size, scores, chunk, monkeypatch
+):
+    """Both kinds against torch in float64, relative to the largest number of each result."""
+    torch = pytest.importorskip("torch")
+    from segment_anything.modeling.image_encoder import add_decomposed_rel_pos
+
     monkeypatch.setattr("samjax.models.attention.SCORES_PER_CHUNK", scores)
     height, width = size
     assert chunk_sizes(2, 4, height, width) == chunk
-    q, k, v = (normal(2, 4, height, width, 8) for _ in range(3))
-    tables = normal(2 * height - 1, 8), normal(2 * width - 1, 8)
+    arrays = [normal(2, 4, height, width, 8) for _ in range(3)]
+    arrays += [normal(2 * height - 1, 8), normal(2 * width - 1, 8)]
 
-    def run(kind):
-        def loss(q, k, v, *tables):
-            return jnp.sum(jnp.sin(attend_map(q, k, v, *tables, kind)))
+    tensors = [torch.tensor(np.float64(array)).requires_grad_() for array in arrays]
+    q, k, v = (tensor.reshape(8, height * width, 8) for tensor in tensors[:3])
+    weights = add_decomposed_rel_pos(q * 8**-0.5 @ k.mT, q, *tensors[3:], size, size).softmax(-1)
+    theirs = (weights @ v).reshape(arrays[0].shape)
+    theirs.sin().sum().backward()
+    expected = [theirs.detach(), *(tensor.grad for tensor in tensors)]
 
-        out = attend_map(q, k, v, *tables, kind)
-        return out, jax.grad(loss, argnums=(0, 1, 2, 3, 4))(q, k, v, *tables)
+    for kind in ("chunked", "dense"):
 
-    for ours, dense in zip(
-        jax.tree.leaves(run("chunked")), jax.tree.leaves(run("dense")), strict=True
-    ):
-        np.testing.assert_allclose(ours, dense, atol=3e-5)
+        def loss(*arrays, kind=kind):
+            return jnp.sum(jnp.sin(attend_map(*arrays, kind)))
+
+        ours = attend_map(*arrays, kind), *jax.grad(loss, argnums=range(5))(*arrays)
+        for name, got, want in zip("oqkvhw", ours, expected, strict=True):
+            error = np.abs(got - want.numpy()).max() / want.abs().max().item()
+            assert error < 5e-6, (kind, name, error)
 
 
 def test_chunked_attention_holds_fewer_scores():
