@@ -147,7 +147,10 @@ class SAMParser(Method):
             jax.ShapeDtypeStruct(s, jnp.float32) for s in ((out, rank), (rank,), (flat, rank))
         ]
         # NumPy's, since float64 is off in JAX: in float32, machines would not agree on the bases.
-        u, s, v = jax.pure_callback(_decompose, shapes, site.kernel)
+        if isinstance(site.kernel, jax.core.Tracer):
+            u, s, v = jax.pure_callback(_decompose, shapes, site.kernel)
+        else:  # a callback may wait for ever for the only thread of a single core, which it holds
+            u, s, v = map(jnp.asarray, _decompose(site.kernel))
         shift = jnp.zeros(rank, jnp.float32)
         if self.train == "coefficients":
             return SAMParserDelta(shift=shift, u=u, v=v)

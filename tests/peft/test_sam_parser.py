@@ -1,5 +1,9 @@
 """SAM-PARSER against the authors' three factors in float64 NumPy, and what its bases depend on."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -177,6 +181,25 @@ def rotated(delta, i: int, j: int, angle: float):
 
 def change(delta, other) -> float:
     return np.abs(np.subtract(delta.fingerprint(), other.fingerprint())).max()
+
+
+ON_ONE_CORE = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import jax, numpy as np
+from samjax.nn import Context, Site, SiteInfo
+from samjax.peft import SAMParser
+kernel = np.random.default_rng(0).normal(size=(3, 3, 256, 256)).astype(np.float32)
+site = Site(SiteInfo("image_encoder/neck_2", "conv", kernel.shape), kernel, None, None)
+for _ in range(3):
+    jax.block_until_ready(SAMParser().init(jax.random.key(0), site, ()))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be chosen here")
+def test_one_core_is_enough():
+    """A callback of JAX that computes the bases waited for the thread that it ran on."""
+    subprocess.run([sys.executable, "-c", ON_ONE_CORE], check=True, timeout=120)
 
 
 def test_fingerprints_ignore_rounding_and_see_rotations():
