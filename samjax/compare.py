@@ -151,7 +151,7 @@ def compare(
                 _train(run, shown, console)
             except (Interrupted, KeyboardInterrupt):
                 raise Interrupted(
-                    f"stopped in {run.out}, whose state is saved; the same command goes on"
+                    f"stopped in {run.out}; the same command goes on from what it has saved"
                 ) from None
             except (ValueError, OSError, RuntimeError, MemoryError) as error:
                 # Its text alone: the traceback would keep the run's arrays.

@@ -245,6 +245,7 @@ def test_runs_of_before_there_was_a_split_seed_go_on(tmp_path):
         (("lora:rnk=8",), (0,), "method 'lora' has no setting 'rnk'; the nearest is rank"),
         (("decoder:rank=8",), (0,), "method 'decoder' has no setting 'rank'"),
         (("lora:rank",), (0,), "lora:rank: rank has no value; write rank=VALUE"),
+        (("lora:targets=q,k",), (0,), "'k' is no SETTING=VALUE; several values of a setting are"),
         (("lora:rank=x",), (0,), "lora:rank=x: Error parsing --rank"),
         (("lora:rank=0",), (0,), "lora:rank=0: "),
         (("lora:targets=q+x",), (0,), "lora:targets=q+x: "),

@@ -37,11 +37,14 @@ class Params:
         model = Sam(MODELS[self.model])
         if self.list:
             result = {}
+            console.print(f"numbers that train in {self.model} beside its mask decoder")
             for name, recipe in RECIPES.items():
                 counts = report(MethodConfig(name).spec(), model)
                 result[name] = counts.trainable - counts.decoder
                 console.print(f"{name:<11} {result[name]:>10,}  {recipe.summary}")
-                given = (f"{k} {_shown(v)}" for k, v in recipe.settings.items() if v is not None)
+                given = (
+                    f"{k} {_shown(v)}" for k, v in recipe.settings.items() if v not in (None, "")
+                )
                 if settings := ", ".join(given):
                     console.print(f"{'':<23} {settings}", style="dim")
             return result
