@@ -31,12 +31,13 @@ def with_method(config: Config, text: str) -> Config:
     for a method or a setting that cannot be.
     """
     name, _, settings = text.partition(":")
-    for part in filter(None, settings.split(",")):
+    parts = [part for part in settings.split(",") if part]
+    for part in parts:
         if "=" not in part and "=" in settings:
             raise ValueError(
                 f"{text}: {part!r} is no SETTING=VALUE; several values of a setting are joined by +"
             )
-    given = dict(part.partition("=")[::2] for part in settings.split(",") if part)
+    given = dict(part.partition("=")[::2] for part in parts)
     if name not in RECIPES:
         MethodConfig(name)  # which says so
     known = (*RECIPES[name].settings, "decoder", "learning_rate", "stages")

@@ -258,22 +258,26 @@ def test_processes_share_one_stream(count):
         batches(process_index=0, process_count=4)
 
 
+def halves(prompts, **options):
+    """Batches of four out of eight images that are kept apart in two halves."""
+    return train_batches(
+        ListSource(8),
+        frame=Frame(32, 32),
+        batch_size=4,
+        seed=3,
+        prompts=prompts,
+        augment=NO_AUGMENTATION,
+        split=True,
+        **options,
+    )
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_halves_of_the_data_take_turns_in_the_rows(count):
     """Whole epochs of each half, and no image in both, for any number of processes."""
 
     def rows(process):
-        dataset = train_batches(
-            ListSource(8),
-            frame=Frame(32, 32),
-            batch_size=4,
-            seed=3,
-            prompts=PROMPTS,
-            augment=NO_AUGMENTATION,
-            split=True,
-            process_index=process,
-            process_count=count,
-        )
+        dataset = halves(PROMPTS, process_index=process, process_count=count)
         return np.stack([dataset[i]["index"] for i in range(6)])
 
     # Six batches of four rows: each half of four images is seen three times.
@@ -291,15 +295,7 @@ def test_halves_draw_for_themselves():
     """Images of the two that stand beside each other are not cropped and turned alike."""
 
     def boxes(jitter):
-        dataset = train_batches(
-            ListSource(8),
-            frame=Frame(32, 32),
-            batch_size=4,
-            seed=3,
-            prompts=PromptConfig(none=0.0, box=1.0, box_jitter=jitter),
-            augment=NO_AUGMENTATION,
-            split=True,
-        )
+        dataset = halves(PromptConfig(none=0.0, box=1.0, box_jitter=jitter))
         return np.concatenate([dataset[i]["coords"] for i in range(4)])
 
     shifts = boxes(0.2) - boxes(0.0)

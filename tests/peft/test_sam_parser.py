@@ -187,7 +187,7 @@ ON_ONE_CORE = """
 import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import jax, numpy as np
-from samjax.nn import Context, Site, SiteInfo
+from samjax.nn import Site, SiteInfo
 from samjax.peft import SAMParser
 kernel = np.random.default_rng(0).normal(size=(3, 3, 256, 256)).astype(np.float32)
 site = Site(SiteInfo("image_encoder/neck_2", "conv", kernel.shape), kernel, None, None)
