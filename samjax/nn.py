@@ -34,6 +34,8 @@ class Context:
 
     # PRNG key of stochastic deltas (dropout); None makes them deterministic.
     rng: Any = None
+    # The index of the task, where there are several: a traced value, so that all share a program.
+    task: Any = None
     # Records that deltas of several sites share, by name: `peft["shared"]`, put here by `Sam`.
     shared: Any = None
 

@@ -57,6 +57,11 @@ class PositionEmbeddingRandom(nn.Module):
         phase = 2 * np.pi * phase
         return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
 
+    def of_grid(self, grid: tuple[int, int]) -> Float[Array, "h w c"]:
+        """Of every token of an (h, w) image embedding."""
+        y, x = ((jnp.arange(n, dtype=jnp.float32) + 0.5) / n for n in grid)
+        return self(jnp.stack(jnp.broadcast_arrays(x[None, :], y[:, None]), axis=-1))
+
 
 class PromptEncoder(nn.Module):
     """Encodes prompts into sparse tokens and a dense map."""
@@ -82,8 +87,7 @@ class PromptEncoder(nn.Module):
 
     def dense_pe(self, grid: tuple[int, int]) -> Float[Array, "h w c"]:
         """The positional encoding of every token of an (h, w) image embedding."""
-        y, x = ((jnp.arange(n, dtype=jnp.float32) + 0.5) / n for n in grid)
-        return self.pe_layer(jnp.stack(jnp.broadcast_arrays(x[None, :], y[:, None]), axis=-1))
+        return self.pe_layer.of_grid(grid)
 
     def embed_points(
         self, coords: Float[Array, "b n 2"], labels: Int[Array, "b n"]

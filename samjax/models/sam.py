@@ -38,21 +38,30 @@ class Sam(nn.Module):
 
     def setup(self) -> None:
         """Names submodules as the original does."""
-        config, dim = self.config, self.config.prompt_embed_dim
-        encoder = config.image_encoder
+        config = self.config
+        self.image_encoder = self.make_encoder()
+        self.prompt_encoder = PromptEncoder(
+            config.prompt_embed_dim, config.frame.shape, dtype=self.dtype
+        )
+        self.mask_decoder = self.make_decoder()
+
+    def make_encoder(self, **options: Any) -> TinyViT | ImageEncoderViT:
+        """An image encoder of the config; `options` are Linen's, such as a name."""
+        encoder, dim = self.config.image_encoder, self.config.prompt_embed_dim
         if isinstance(encoder, TinyVitConfig):
-            self.image_encoder = TinyViT(encoder, dim, self.dtype, self.remat)
-        else:
-            self.image_encoder = ImageEncoderViT(
-                encoder, dim, self.attention, self.dtype, self.remat
-            )
-        self.prompt_encoder = PromptEncoder(dim, config.frame.shape, dtype=self.dtype)
-        self.mask_decoder = MaskDecoder(
-            dim,
+            return TinyViT(encoder, dim, self.dtype, self.remat, **options)
+        return ImageEncoderViT(encoder, dim, self.attention, self.dtype, self.remat, **options)
+
+    def make_decoder(self, **options: Any) -> MaskDecoder:
+        """A mask decoder of the config; `options` are Linen's, such as a name."""
+        config = self.config
+        return MaskDecoder(
+            config.prompt_embed_dim,
             config.decoder_depth,
             config.decoder_num_heads,
             config.decoder_mlp_dim,
             dtype=self.dtype,
+            **options,
         )
 
     def encode(
@@ -109,11 +118,21 @@ class Sam(nn.Module):
 
     def init_params(self, key: Any) -> dict[str, Any]:
         """Randomly initialised `params`, a nested dict of float32 arrays."""
-        return self.init(key, *_example(self.config))["params"]
+        return self.init(key, *self.example())["params"]
 
     def init_params_shapes(self) -> dict[str, Any]:
         """The nested dict of `jax.ShapeDtypeStruct` that `params` must match; computes nothing."""
         return _trace(self)[0]
+
+    def example(self) -> tuple[Any, ...]:
+        """Arguments of a forward pass that touches every parameter."""
+        height, width = self.config.frame.shape
+        mask = jnp.zeros((1, *self.config.low_res_shape))
+        return (
+            jnp.zeros((1, height, width, 3), jnp.uint8),
+            jnp.array([[height, width]], jnp.int32),
+            Prompts(jnp.zeros((1, 1, 2)), jnp.zeros((1, 1), jnp.int32), mask),
+        )
 
     def sites(self, variables: dict[str, Any] | None = None) -> tuple[SiteInfo, ...]:
         """Every site, in the order in which a forward pass calls it; computes nothing.
@@ -132,16 +151,5 @@ def _trace(model: Sam) -> tuple[dict[str, Any], tuple[SiteInfo, ...]]:
 
 def _visited(model: Sam, variables: dict[str, Any]) -> tuple[SiteInfo, ...]:
     with record_sites() as visits:
-        jax.eval_shape(lambda v: model.apply(v, *_example(model.config)), variables)
+        jax.eval_shape(lambda v: model.apply(v, *model.example()), variables)
     return tuple(visits)
-
-
-def _example(config: SamConfig) -> tuple[Array, Array, Prompts]:
-    # With a mask prompt, so that every parameter is touched.
-    height, width = config.frame.shape
-    mask = jnp.zeros((1, *config.low_res_shape))
-    return (
-        jnp.zeros((1, height, width, 3), jnp.uint8),
-        jnp.array([[height, width]], jnp.int32),
-        Prompts(jnp.zeros((1, 1, 2)), jnp.zeros((1, 1), jnp.int32), mask),
-    )

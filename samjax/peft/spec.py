@@ -28,6 +28,7 @@ from samjax.peft.lora_conv import LoRAConv
 from samjax.peft.nas_lora import Collapsed, NASLoRA
 from samjax.peft.sam_parser import SAMParser
 from samjax.peft.ssf import SSF
+from samjax.peft.ta_lora import TALoRA
 
 # The methods that a spec can name in an adapter file.
 METHODS: dict[str, type[Method]] = {
@@ -43,6 +44,7 @@ METHODS: dict[str, type[Method]] = {
     "sam_parser": SAMParser,
     "nas_lora": NASLoRA,
     "collapsed": Collapsed,
+    "ta_lora": TALoRA,
 }
 
 

@@ -1,0 +1,64 @@
+"""Random changes of an image with dense truths, which keep their geometry true (MTAN's)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from samjax.data.dense import DenseSample
+from samjax.tasks import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseAugmentConfig:
+    """Which changes are drawn. Raises ValueError for a scale below 1."""
+
+    # Mirror left-right with probability 1/2.
+    flip: bool = True
+    # One is drawn: a window of 1 / scale of the sides is cut out and enlarged to the whole.
+    scales: tuple[float, ...] = (1.0, 1.2, 1.5)
+
+    def __post_init__(self) -> None:
+        if not self.scales or not all(scale >= 1 for scale in self.scales):
+            raise ValueError(f"scales must be 1 or more, not {self.scales}")
+
+
+def augment_dense(
+    rng: np.random.Generator,
+    sample: DenseSample,
+    tasks: Sequence[Task],
+    config: DenseAugmentConfig,
+) -> DenseSample:
+    """Changes a sample; the same `rng` state gives the same result.
+
+    What is enlarged is nearer: a depth is divided by the scale. A direction's x changes its sign in
+    the mirror. Truths take the nearest pixel, the image is resized bilinearly.
+    """
+    image, truth = sample.image, dict(sample.truth)
+    height, width = image.shape[:2]
+    scale = config.scales[rng.integers(len(config.scales))]
+    rows, columns = round(height / scale), round(width / scale)
+    top, left = rng.integers(0, height - rows + 1), rng.integers(0, width - columns + 1)
+    window = slice(top, top + rows), slice(left, left + columns)
+    if (rows, columns) != (height, width):
+        cut = Image.fromarray(np.ascontiguousarray(image[window]))
+        image = np.asarray(cut.resize((width, height), Image.Resampling.BILINEAR))
+        nearest = np.ix_(
+            *(
+                ((np.arange(n) + 0.5) * m / n).astype(int)
+                for n, m in ((height, rows), (width, columns))
+            )
+        )
+        for task in tasks:
+            own = truth[task.name][window][nearest]
+            truth[task.name] = own / np.float32(scale) if task.loss == "masked_l1" else own
+    if config.flip and rng.random() < 0.5:
+        image = image[:, ::-1]
+        for task in tasks:
+            own = truth[task.name][:, ::-1]
+            truth[task.name] = own * np.float32([-1, 1, 1]) if task.loss == "cosine" else own
+    truth = {name: np.ascontiguousarray(own) for name, own in truth.items()}
+    return DenseSample(sample.name, np.ascontiguousarray(image), truth)

@@ -1,0 +1,109 @@
+"""Metrics of dense tasks over a set against NumPy over all its pixels at once."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from samjax.evaluation.task_metrics import add, measure, relative_gain, summarize
+from samjax.tasks import NYUV2, find
+
+RNG = np.random.default_rng(0)
+SHAPE = (2, 12, 10)
+
+
+def batches(task, count=3):
+    """Maps that know something of their truth, and pixels that do not count."""
+    for i in range(count):
+        counts = RNG.random(SHAPE) < 0.2 + 0.3 * i  # so that means of means are something else
+        maps = RNG.normal(size=(SHAPE[0], task.channels, *SHAPE[1:]))
+        if task.loss == "cross_entropy":
+            truth = RNG.integers(0, task.channels - 2, SHAPE)
+            maps[:, :-1] += 2 * (np.arange(task.channels - 1)[:, None, None] == truth[:, None])
+            maps[:, -1] = -99  # a class that nothing has
+            yield maps.astype(np.float32), np.where(counts, truth, -1).astype(np.int32)
+            continue
+        truth = RNG.normal(size=maps.shape)
+        truth = np.abs(truth) + 0.2 if task.channels == 1 else truth
+        if task.channels == 3:
+            truth /= np.linalg.norm(truth, axis=1, keepdims=True)
+        maps = truth + 0.5 * maps
+        yield maps.astype(np.float32), np.where(counts[:, None], truth, 0).astype(np.float32)
+
+
+def pixels(task, data):
+    """Predictions and truths of all pixels that count, (pixels, channels), in float64."""
+    maps = np.concatenate([np.moveaxis(m, 1, -1).reshape(-1, task.channels) for m, _ in data])
+    if task.loss == "cross_entropy":
+        truth = np.concatenate([t.ravel() for _, t in data])
+        return maps[truth != -1].argmax(-1), truth[truth != -1]
+    truth = np.concatenate([np.moveaxis(t, 1, -1).reshape(-1, task.channels) for _, t in data])
+    known = truth.any(-1)
+    return maps[known].astype(np.float64), truth[known].astype(np.float64)
+
+
+def expected(task, data):
+    ours, truth = pixels(task, data)
+    if task.loss == "cross_entropy":
+        ious = []
+        for k in range(task.channels):
+            both, either = ((ours == k) & (truth == k)).sum(), ((ours == k) | (truth == k)).sum()
+            ious += [both / either] if either else []
+        assert len(ious) == task.channels - 1
+        return {"miou": np.mean(ious), "pixel_accuracy": (ours == truth).mean()}
+    if task.loss == "masked_l1":
+        error = np.abs(ours - truth)
+        return {"absolute_error": error.mean(), "relative_error": (error / truth).mean()}
+    cosine = (ours * truth).sum(-1) / np.linalg.norm(ours, axis=-1)
+    angle = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
+    return {
+        "mean_angle": angle.mean(),
+        "median_angle": np.median(angle),
+        **{f"within_{limit:g}": (angle < limit).mean() for limit in (11.25, 22.5, 30)},
+    }
+
+
+@pytest.mark.parametrize("task", NYUV2, ids=lambda task: task.name)
+def test_metrics_are_those_of_all_pixels(task):
+    data = list(batches(task))
+    counts = None
+    for maps, truth in data:
+        counts = add(counts, measure(task, jnp.asarray(maps), jnp.asarray(truth)))
+    got, want = summarize(task, counts), expected(task, data)
+    assert list(got) == list(want) == list(task.metrics)
+    for name, value in want.items():
+        tolerance = {"median_angle": 0.2}.get(name, 1e-4)  # between pixels it is interpolated
+        assert got[name] == pytest.approx(value, abs=tolerance), name
+
+
+def test_the_median_is_of_pixels():
+    """With many pixels, it is exact to a bin."""
+    task = find(NYUV2, "normals")
+    degrees = RNG.gamma(2.0, 8.0, (1, 300, 300))
+    radians = np.radians(degrees)
+    maps = np.stack([np.cos(radians), np.sin(radians), 0 * radians], axis=1).astype(np.float32)
+    truth = np.zeros_like(maps)
+    truth[:, 0] = 1
+    counts = add(None, measure(task, jnp.asarray(maps), jnp.asarray(truth)))
+    assert summarize(task, counts)["median_angle"] == pytest.approx(np.median(degrees), abs=0.01)
+
+
+def test_nothing_known_is_nan():
+    for task in NYUV2:
+        maps = np.zeros((1, task.channels, 4, 4), np.float32)
+        truth = np.zeros_like(maps)
+        if task.loss == "cross_entropy":
+            truth = np.full((1, 4, 4), -1, np.int32)
+        counts = add(None, measure(task, jnp.asarray(maps), jnp.asarray(truth)))
+        assert all(np.isnan(value) for value in summarize(task, counts).values())
+
+
+def test_relative_gain():
+    """Two metrics of a task weigh together as much as the five of another."""
+    baseline = {task.name: dict.fromkeys(task.metrics, 1.0) for task in NYUV2}
+    better = {
+        "segmentation": {"miou": 1.2, "pixel_accuracy": 1.0},
+        "depth": {"absolute_error": 0.8, "relative_error": 0.8},
+        "normals": {**baseline["normals"], "within_30": 0.5},
+    }
+    assert relative_gain(NYUV2, better, baseline) == pytest.approx((10 + 20 - 10) / 3)
+    assert relative_gain(NYUV2, baseline, baseline) == 0
