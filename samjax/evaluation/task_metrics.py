@@ -60,8 +60,9 @@ def add(total: Counts | None, batch: Mapping[str, Any]) -> Counts:
     for name, value in batch.items():
         array = np.asarray(value)
         array = array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
-        new[name] = array.sum() if name in ("absolute", "relative", "sum", "pixels") else array
-    return new if total is None else {name: total[name] + new[name] for name in new}
+        by_image = name in ("absolute", "relative", "sum", "pixels")
+        new[name] = np.asarray(array.sum()) if by_image else array
+    return new if total is None else {k: np.asarray(total[k] + v) for k, v in new.items()}
 
 
 def summarize(task: Task, counts: Counts) -> dict[str, float]:
