@@ -107,7 +107,7 @@ class Step:
     """
 
     def __init__(self, model: Sam, config: Config, params: Any, batch: dict[str, Any]) -> None:
-        spec = config.method.spec()
+        spec = config.spec()
         base = {"params": params, "peft": peft_lib.attach(spec, model, params, jax.random.key(0))}
         trainer = prepare(config, model, spec, base, config.num_steps(1000))
         # Of several stages the one in which most trains.

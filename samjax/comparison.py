@@ -3,7 +3,7 @@
 compare.md    the table of the methods, and of the runs
 compare.csv   one row a run
 compare.json  both
-compare.png   Dice over the numbers that train
+compare.png   the first metric over the numbers that train
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from samjax.config import Config
-from samjax.evaluation.metrics import TITLES
+from samjax.problems import problem_of
 from samjax.files import write_beside, write_json
 from samjax.terminal import print_wide
 from samjax.training.memory import gigabytes
@@ -150,7 +150,7 @@ class Comparison:
             f"data {config.data} (where it has no splits of its own, split seed "
             f"{config.split_seed} draws them)",
             *([f"mask decoder at learning rate {rates}"] if rates else []),
-            f"evaluated with prompt {config.evaluation_prompt}",
+            f"evaluated with {problem_of(config).conditions}",
             f"device {_said(s['device'] for s in self.summaries) or 'unknown'}",
             f"date {_said(s['date'] for s in self.summaries) or 'unknown'}",
             f"seeds {seeds} (mean ± sample standard deviation over those that a method has)",
@@ -187,7 +187,7 @@ class Comparison:
 
     def markdown(self) -> str:
         """The methods, the budget, what failed, and the runs."""
-        runs = [["method", "seed", "run", *(TITLES[m] for m in self._metrics()), "steps/s"]]
+        runs = [["method", "seed", "run", *(self._titles[m] for m in self._metrics()), "steps/s"]]
         for row in self.rows:
             values = [*(row.after.get(metric) for metric in self._metrics()), row.steps_per_second]
             runs.append([row.method, str(row.seed), row.state, *map(_number, values)])
@@ -195,15 +195,19 @@ class Comparison:
         return "\n\n".join(parts) + "\n"
 
     def _metrics(self) -> list[str]:
-        """Those that some run has."""
-        known = {name for row in self.rows for name in row.after} or {"dice", "iou"}
-        return [name for name in TITLES if name in known]
+        """Those that some run has, or what a comparison is about, where none has any."""
+        known = {name for row in self.rows for name in row.after} or {self.config.best[0]}
+        return [name for name in self._titles if name in known]
+
+    @property
+    def _titles(self) -> Mapping[str, str]:
+        return problem_of(self.config).titles
 
     def _table(self) -> list[list[str]]:
         """The names of the columns, then the cells of each line."""
         metrics = self._metrics()
         names = ["method", "learning rate", "trainable numbers", "seeds"]
-        names += [*(TITLES[name] for name in metrics), *("steps/s", "memory of a step")]
+        names += [*(self._titles[name] for name in metrics), *("steps/s", "memory of a step")]
         return [[*names, "adapter file"], *(_cells(line, metrics) for line in self.lines())]
 
 
@@ -226,25 +230,30 @@ def write(comparison: Comparison, out: Path, plots: bool) -> None:
 
 
 def _plot(comparison: Comparison, path: Path) -> None:
-    """Dice over the numbers that train, a point a method; matplotlib's figures draw with Agg."""
+    """The metric over the numbers that train, a point a method; matplotlib's figures draw with Agg.
+
+    The metric is the one that validations compare.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
+    metric = comparison.config.best[0]
+    title = problem_of(comparison.config).titles[metric]
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    axes.set(xscale="log", xlabel="trainable numbers", ylabel="Dice (test)")
+    axes.set(xscale="log", xlabel="trainable numbers", ylabel=f"{title} (test)")
     axes.grid(alpha=0.3)
     counts = []
     for i, line in enumerate(comparison.lines()):
-        dice = line.metrics.get("dice")
-        if dice is None:
+        found = line.metrics.get(metric)
+        if found is None:
             continue
         if not line.trainable:
-            axes.axhline(dice.mean, color="grey", linestyle="--", label=line.method)
+            axes.axhline(found.mean, color="grey", linestyle="--", label=line.method)
             continue
         counts.append(line.trainable)
         style: dict[str, Any] = {"fmt": "osD^v"[i // 10 % 5], "color": f"C{i % 10}", "capsize": 4}
-        axes.errorbar(line.trainable, dice.mean, dice.deviation, label=line.method, **style)
+        axes.errorbar(line.trainable, found.mean, found.deviation, label=line.method, **style)
     if counts and max(counts) < 10 * min(counts):  # too few powers of ten to tell them apart
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_minor_locator(NullLocator())

@@ -21,9 +21,14 @@ import tyro
 from rich.console import Console
 
 from samjax.data.augment import AugmentConfig
+from samjax.data.dense_augment import DenseAugmentConfig
 from samjax.data.prompts import PromptConfig
 from samjax.files import read_record
-from samjax.peft.recipes import MethodConfig
+from samjax.peft.method_config import MethodConfig
+from samjax.peft.recipes import RECIPES
+from samjax.peft.spec import PeftSpec, Rule, Train
+from samjax.tasks import Task
+from samjax.tasks import parse as parse_tasks
 from samjax.training.losses import LossConfig
 from samjax.training.stages import Stage
 from samjax.training.stages import parse as parse_stage
@@ -56,6 +61,12 @@ class Config:
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     # What draws these shares; `seed` does not, so that runs of several seeds have one test split.
     split_seed: int = 0
+    # Dense tasks instead of masks, predicted for each pixel: nyuv2, cityscapes or pascal_context,
+    # or tasks NAME:CHANNELS:LOSS or NAME:CHANNELS:LOSS:WEIGHT, such as depth:1:masked_l1; losses
+    # are cross_entropy, balanced_bce, masked_l1 and cosine. See `samjax.data.dense` for the data.
+    tasks: tuple[str, ...] = ()
+    # Weights of the tasks' losses: their own, or learnt (Kendall et al. 2018).
+    task_weighting: Literal["fixed", "uncertainty"] = "fixed"
     method: Annotated[MethodConfig, _FLAT] = MethodConfig()
     optimizer: Annotated[OptimizerConfig, _FLAT] = OptimizerConfig()
     # Stages of training, each SHARE:GROUPS (of weights, arch, decoder, or all), such as
@@ -68,6 +79,8 @@ class Config:
     prompts: PromptConfig = PromptConfig()
     # Random changes of images and masks in training.
     augment: AugmentConfig = AugmentConfig()
+    # Random changes of images with dense tasks in training.
+    dense_augment: DenseAugmentConfig = DenseAugmentConfig()
     # The prompt in evaluation: none, or the truth's box, or its most central point; left out, the
     # kind that weighs most in training.
     eval_prompt: Literal["none", "box", "point"] | None = None
@@ -96,8 +109,9 @@ class Config:
     checkpoint_every: int = 100
     # Steps between two evaluations on the validation split; left out, there are none.
     validate_every: int | None = None
-    # What validations compare, the mean over images.
-    best_metric: Literal["dice", "iou"] = "dice"
+    # What validations compare: dice or iou, the mean over images; of dense tasks TASK/METRIC, such
+    # as depth/absolute_error. Left out, dice, or the first metric of the first task.
+    best_metric: str | None = None
     # The state that becomes the adapter: the last one, or the one of the best validation.
     keep: Literal["last", "best"] = "last"
     # Validations in a row without a new best after which the run ends early; left out, it does not.
@@ -141,12 +155,53 @@ class Config:
                 "a stage with split takes half of each batch from each half of the data: choose an "
                 f"even number of images, not {self.batch_size // self.accumulate} at a time"
             )
+        self._check_tasks()
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2**32), not {self.seed}")
         if not math.isfinite(self.epochs):
             raise ValueError(f"epochs must be finite, not {self.epochs}; --steps sets the steps")
         if (self.steps is not None and self.steps < 1) or not self.epochs > 0 or self.gallery < 1:
             raise ValueError("steps, epochs and gallery must be positive")
+
+    def _check_tasks(self) -> None:
+        """Raises ValueError for tasks, or a metric, that cannot be."""
+        tasks = self.parsed_tasks()
+        if not tasks and self.task_weighting != "fixed":
+            raise ValueError("task_weighting weighs dense tasks: name them with tasks")
+        if not tasks and RECIPES[self.method.method].dense:
+            self.method.spec()  # which says so
+        if tasks and (self.objects == "each" or self.classes):
+            raise ValueError("dense tasks have no objects: leave out objects and classes")
+        known = [f"{task.name}/{metric}" for task in tasks for metric in task.metrics]
+        known = known or ["dice", "iou"]
+        if self.best_metric is not None and self.best_metric not in known:
+            nearest = difflib.get_close_matches(self.best_metric, known, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"best_metric must be one of {', '.join(known)}, not {self.best_metric!r}; the "
+                f"nearest is {nearest}"
+            )
+
+    def parsed_tasks(self) -> tuple[Task, ...]:
+        """The dense tasks; () where the run learns masks."""
+        return parse_tasks(self.tasks)
+
+    def spec(self) -> PeftSpec:
+        """What adapts and what trains."""
+        spec = self.method.spec(len(self.parsed_tasks()))
+        if self.task_weighting == "fixed":
+            return spec
+        return PeftSpec((*spec.rules, Rule("log_variance/*", Train(group="decoder"))))
+
+    @property
+    def best(self) -> tuple[str, bool]:
+        """The metric that validations compare, and whether more of it is better."""
+        tasks = {task.name: task for task in self.parsed_tasks()}
+        if not tasks:
+            return self.best_metric or "dice", True
+        first = next(iter(tasks.values()))
+        name = self.best_metric or f"{first.name}/{next(iter(first.metrics))}"
+        task, _, metric = name.partition("/")
+        return name, tasks[task].metrics[metric]
 
     def num_steps(self, num_images: int) -> int:
         """Optimiser steps for a training split of `num_images`."""
@@ -183,6 +238,7 @@ class Config:
         data = self.to_json()
         data["method"] = self.method.resolved()
         data["optimizer"]["learning_rate"] = self.learning_rate
+        data["best_metric"] = self.best[0]
         data["stages"] = self.method.stages if self.stages is None else self.stages
         return data
 

@@ -51,12 +51,13 @@ def load_adapted(
     """`(model, params, peft)` of weights with an adapter in place; raises as `load`.
 
     The model's input size is the one that the adapter was trained at, unless one is given. Which
-    model the weights are, the adapter knows. What is adapted is logged, one line.
+    model the weights are, the adapter knows; of dense tasks it is a `samjax.models.MSam`. What is
+    adapted is logged, one line.
     """
     file = peft_lib.read(adapter)
     config, params = _read(weights, model, file.config)
     config = config.with_image_size(image_size or file.config.image_size)
-    sam = Sam(config, attention, jnp.dtype(dtype))
+    sam = file.model.clone(config=config, attention=attention, dtype=jnp.dtype(dtype))
     params, records = peft_lib.apply(file, sam, params, str(adapter))
     single = file.metadata.get("multimask") is False and _trains_decoder(file)
     note = "; its three masks (multimask_output) were not trained" if single else ""

@@ -10,7 +10,8 @@ import tyro
 
 from samjax.arguments import parse
 from samjax.config import Config
-from samjax.peft.recipes import RECIPES, MethodConfig
+from samjax.peft.method_config import MethodConfig
+from samjax.peft.recipes import RECIPES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,28 +16,24 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from samjax import peft as peft_lib
 from samjax.catalog import is_name
 from samjax.config import Config, read_run_config
-from samjax.data.pipeline import eval_batches
-from samjax.data.sources import Dataset, Source, is_tfds, open_source
-from samjax.evaluation.evaluate import Evaluation, evaluate
-from samjax.evaluation.gallery import draw_gallery
-from samjax.evaluation.metrics import TITLES
+from samjax.data.sources import Dataset, is_tfds
+from samjax.evaluation.evaluate import Evaluation
 from samjax.files import check_writable, read_record, write_json, writing
 from samjax.hashes import params_sha256
 from samjax.loading import load, load_adapted
 from samjax.lock import check_free, run_lock
 from samjax.models import MODELS, Sam
 from samjax.peft.architecture import left_out
+from samjax.problems import problem_of
 from samjax.run_inputs import check_inputs, inputs_of, tell_other_images
 from samjax.terminal import progress_bar, progress_on
 from samjax.training.loop import STEP_MEMORY, check_stages, fit
@@ -54,15 +50,7 @@ _FREE_ON_RESUME = frozenset({"log_every", "checkpoint_every", "eval_batch_size",
 
 def open_data(config: Config, split: str, console: Console) -> Dataset:
     """One split of the run's data. Raises ValueError where it cannot be used."""
-    return open_source(
-        config.data,
-        split,
-        seed=config.split_seed,
-        fractions=config.fractions,
-        objects=config.objects,
-        classes=config.classes,
-        track=progress_on(console),
-    )
+    return problem_of(config).open(split, progress_on(console))
 
 
 def open_sources(config: Config, console: Console) -> dict[str, Dataset]:
@@ -81,54 +69,44 @@ def open_model(config: Config, adapter: Path | None = None) -> tuple[Sam, Any]:
 
     Raises FileNotFoundError, or ValueError where the weights are not what the run asks for.
     """
+    if adapter is not None:
+        model, params, peft = load_adapted(
+            _weights(config), adapter, config.image_size, **_options(config)
+        )
+        return model.clone(remat=config.remat), {"params": params, "peft": peft}
+    model, params = problem_of(config).build(*open_base(config))
+    return model, {"params": params}
+
+
+def open_base(config: Config) -> tuple[Sam, Any]:
+    """SAM and its parameters, before the run's problem makes its model of them; raises as above."""
+    model, params = load(_weights(config), config.image_size, **_options(config))
+    return model.clone(remat=config.remat), params
+
+
+def _weights(config: Config) -> str:
     if not config.weights:
         raise ValueError("no weights: pass --weights FILE, a SAM checkpoint")
     if config.model != "auto" and config.model not in MODELS:
         raise ValueError(f"unknown model {config.model!r}; known are auto, {', '.join(MODELS)}")
-    options: dict[str, Any] = {
-        "model": None if config.model == "auto" else config.model,
-        "attention": config.attention,
-        "dtype": config.dtype,
-    }
-    variables: dict[str, Any] = {}
-    if adapter is None:
-        model, variables["params"] = load(config.weights, config.image_size, **options)
-    else:
-        model, variables["params"], variables["peft"] = load_adapted(
-            config.weights, adapter, config.image_size, **options
-        )
-    return model.clone(remat=config.remat), variables
+    return config.weights
 
 
-def evaluate_source(
-    config: Config,
-    model: Sam,
-    variables: Any,
-    source: Source,
-    on_batch: Callable[[dict[str, Any], np.ndarray], None] = lambda batch, masks: None,
-    *,
-    with_saliency: bool = False,
-) -> Evaluation:
-    """Evaluates a model over a source with the run's evaluation prompt."""
-    batches = eval_batches(
-        source,
-        frame=model.config.frame,
-        batch_size=config.eval_batch_size,
-        prompts_for=config.evaluation_prompt,
-    )
-    return evaluate(model, variables, batches, on_batch, with_saliency=with_saliency)
+def _options(config: Config) -> dict[str, Any]:
+    model = None if config.model == "auto" else config.model
+    return {"model": model, "attention": config.attention, "dtype": config.dtype}
 
 
 def _evaluate_with_bar(
-    config: Config, model: Sam, variables: Any, source: Source, console: Console, title: str
+    config: Config, model: Sam, variables: Any, source: Dataset, console: Console, title: str
 ) -> Evaluation:
     with progress_bar(console) as bar:
         task = bar.add_task(title, total=len(source), note="compiling")
 
-        def advance(batch: dict[str, Any], masks: np.ndarray) -> None:
-            bar.update(task, advance=int(batch["valid"].sum()), note="")
+        def advance(count: int) -> None:
+            bar.update(task, advance=count, note="")
 
-        return evaluate_source(config, model, variables, source, advance, with_saliency=True)
+        return problem_of(config).evaluate(model, variables, source, advance)
 
 
 def finished_run_config(run: Path, **changes: str | None) -> Config:
@@ -191,10 +169,11 @@ def train(
     if resume and (out / "summary.json").is_file():
         console.print(f"{out} is finished already")
         return read_record(out / "summary.json", "delete it, and --resume writes it anew")
-    spec = config.method.spec()
+    spec, problem = config.spec(), problem_of(config)
     sources = open_sources(config, console)
-    model, variables = open_model(config)
-    params = variables["params"]
+    sam, params = open_base(config)
+    base_sha256 = params_sha256(params)
+    model, params = problem.build(sam, params)
     report = peft_lib.report(spec, model)
     check_stages(config, model, spec, len(sources["train"]))
     if notice := left_out(spec, model):
@@ -203,14 +182,13 @@ def train(
     console.print(str(report))
     *counts, last = (f"{len(source)} {_KINDS[name]}" for name, source in sources.items())
     console.print(f"{', '.join(counts)} and {last} images, {config.data}")
-    base_sha256 = params_sha256(params)
     inputs = inputs_of(sources, base_sha256)
     check_inputs(out, inputs, config)
     known_before = None
     if before_in is not None:
         check_inputs(before_in, inputs, config)
         known_before = Evaluation.read_csv(before_in / BEFORE)
-        if known_before.per_image.keys() != TITLES.keys():  # an older samjax measured less
+        if known_before.per_image.keys() != problem.titles.keys():  # an older samjax measured less
             known_before = None
     adapters = peft_lib.attach(spec, model, params, jax.random.key(config.seed))
     base = jax.device_put({"params": params, "peft": adapters})
@@ -246,6 +224,8 @@ def _train(
 ) -> dict[str, Any]:
     """The run itself, in a folder that is this process's; no part that is done is repeated."""
 
+    problem = problem_of(config)
+
     def evaluation(variables: Any, when: str, known: Evaluation | None = None) -> Evaluation:
         """Evaluates on the test split, or reads what an interrupted run has evaluated already."""
         path, test = out / f"eval_{when}.csv", sources["test"]
@@ -262,13 +242,13 @@ def _train(
                 f"{path} is damaged: delete it, and --resume evaluates again"
             ) from None
         console.print(
-            f"test {when} (prompt: {config.evaluation_prompt}): "
+            f"test {when} ({problem.conditions}): "
             + ", ".join(f"{k} {v:.4f}" for k, v in result.mean.items())
         )
         return result
 
     def validate(variables: Any) -> dict[str, float]:
-        return evaluate_source(config, model, variables, sources["validation"]).mean
+        return problem.evaluate(model, variables, sources["validation"], briefly=True).mean
 
     before = evaluation(base, "before", known_before)
     fitted = fit(
@@ -285,15 +265,13 @@ def _train(
 
     metadata = {
         "method": config.method.method,
-        "trained_prompts": dataclasses.asdict(config.prompts),
-        "multimask": config.loss.multimask,
-        "eval_prompt": config.evaluation_prompt,
+        **problem.metadata,
         "steps": fitted.kept_step,
     }
     adapter = peft_lib.save(out / ADAPTER, spec, model, fitted.variables, base_sha256, metadata)
     picture = out / "gallery.png"
     versions = {"before": base, "after": fitted.variables}
-    save_png(draw_gallery(config, model, versions, sources["test"]), picture)
+    save_png(problem.draw(model, versions, sources["test"]), picture)
     summary = {
         "before": before.mean,
         "after": after.mean,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Sequence
 
 # What each loss says of a task: see `samjax.training.task_losses`.
-LOSSES = ("cross_entropy", "masked_l1", "cosine")
+LOSSES = ("cross_entropy", "balanced_bce", "masked_l1", "cosine")
 # The metrics of tasks with each loss, by name, and whether more is better.
 METRICS: dict[str, dict[str, bool]] = {
     "cross_entropy": {"miou": True, "pixel_accuracy": True},
+    "balanced_bce": {"max_f": True, "iou": True},
     "masked_l1": {"absolute_error": False, "relative_error": False},
     "cosine": {
         "mean_angle": False,
@@ -21,8 +23,10 @@ METRICS: dict[str, dict[str, bool]] = {
         "within_30": True,
     },
 }
-# Truth of a pixel that does not count in a segmentation.
+# Truth of a pixel that does not count, where truths are classes.
 IGNORE = -1
+# Of losses whose truth is a class, (h, w) int32; of others it is (h, w, channels) float32.
+CLASSES = ("cross_entropy", "balanced_bce")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +34,11 @@ class Task:
     """A map to predict: `channels` numbers a pixel, learnt with `loss`, weighted by `weight`.
 
     `cross_entropy`: logits of classes, truth an int a pixel, -1 where it does not count.
+    `balanced_bce`: a logit of yes or no, such as edges, truth 1 or 0, -1 where it does not count.
     `masked_l1`: one number, such as depth, truth 0 where it is unknown.
     `cosine`: a direction of three numbers, such as a surface normal, truth (0, 0, 0) where unknown.
+
+    As text it is NAME:CHANNELS:LOSS:WEIGHT, which `parse` reads.
 
     Raises ValueError for a name that is no identifier, a loss that there is not, and channels that
     do not suit it.
@@ -51,15 +58,25 @@ class Task:
                 f"task {self.name}: unknown loss {self.loss!r}; the nearest is {nearest}, known "
                 f"are {', '.join(LOSSES)}"
             )
-        wants = {"masked_l1": 1, "cosine": 3}.get(self.loss)
+        wants = {"balanced_bce": 1, "masked_l1": 1, "cosine": 3}.get(self.loss)
         if self.channels < 2 and wants is None:
             raise ValueError(f"task {self.name}: cross_entropy needs two classes or more")
         if wants is not None and self.channels != wants:
+            count = "1 channel" if wants == 1 else f"{wants} channels"
+            raise ValueError(f"task {self.name}: {self.loss} has {count}, not {self.channels}")
+        if not 0 <= self.weight < math.inf:
             raise ValueError(
-                f"task {self.name}: {self.loss} has {wants} channels, not {self.channels}"
+                f"task {self.name}: weight must be finite and not negative, is {self.weight}"
             )
-        if not self.weight >= 0:
-            raise ValueError(f"task {self.name}: weight must not be negative, is {self.weight}")
+
+    def __str__(self) -> str:
+        """The text that `parse` reads."""
+        return f"{self.name}:{self.channels}:{self.loss}:{self.weight!r}"
+
+    @property
+    def classes(self) -> int:
+        """How many classes its truth has, where it has any."""
+        return max(2, self.channels)
 
     @property
     def metrics(self) -> dict[str, bool]:
@@ -83,3 +100,49 @@ NYUV2 = (
     Task("depth", 1, "masked_l1", 1 / 6),
     Task("normals", 3, "cosine", 4 / 6),
 )
+# CityScapes as MTAN and LibMTL have it, whose depth is the inverse of a depth.
+CITYSCAPES = (Task("segmentation", 7, "cross_entropy"), Task("disparity", 1, "masked_l1"))
+# PASCAL-Context as ASTMT (Maninis et al. 2019) has it; weights as in MTI-Net's code.
+PASCAL_CONTEXT = (
+    Task("segmentation", 21, "cross_entropy", 1.0),
+    Task("human_parts", 7, "cross_entropy", 2.0),
+    Task("saliency", 1, "balanced_bce", 5.0),
+    Task("normals", 3, "cosine", 10.0),
+    Task("edges", 1, "balanced_bce", 50.0),
+)
+SETS = {"nyuv2": NYUV2, "cityscapes": CITYSCAPES, "pascal_context": PASCAL_CONTEXT}
+
+
+def parse(texts: Sequence[str]) -> tuple[Task, ...]:
+    """Tasks from texts: NAME:CHANNELS:LOSS or NAME:CHANNELS:LOSS:WEIGHT, or a name of `SETS`.
+
+    Raises ValueError for a text that is neither, and for two tasks of one name.
+    """
+    tasks: list[Task] = []
+    for text in texts:
+        tasks += SETS[text] if text in SETS else [_parse(text)]
+    names = [task.name for task in tasks]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"there are two tasks {twice[0]!r}: leave one out")
+    return tuple(tasks)
+
+
+def _parse(text: str) -> Task:
+    name, *rest = text.split(":")
+    if not rest:
+        nearest = difflib.get_close_matches(text, SETS, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"no set of tasks {text!r}; the nearest is {nearest}, known are {', '.join(SETS)}; a "
+            "task of your own is NAME:CHANNELS:LOSS, such as depth:1:masked_l1"
+        )
+    try:
+        channels, loss, *weight = rest
+        channels, weight = int(channels), [float(value) for value in weight]
+        if len(weight) > 1:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            "a task is NAME:CHANNELS:LOSS or NAME:CHANNELS:LOSS:WEIGHT, such as "
+            f"depth:1:masked_l1:0.5, not {text!r}"
+        ) from None
+    return Task(name, channels, loss, *weight)

@@ -12,7 +12,7 @@ import pytest
 from samjax.bench import bench_methods, methods_rows, ratios, training_config
 from samjax.cli import main
 from samjax.models import MODELS
-from samjax.peft.recipes import MethodConfig
+from samjax.peft.method_config import MethodConfig
 from samjax.terminal import error_console
 
 REPO = Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ from samjax import compare as module
 from samjax.compare import compare, earlier_runs, plan
 from samjax.config import Config
 from samjax.data.folder import FolderSource
-from samjax.peft.recipes import MethodConfig
+from samjax.peft.method_config import MethodConfig
 from samjax.run import open_data
 from samjax.terminal import Interrupted
 from samjax.training.step import OptimizerConfig

@@ -7,7 +7,8 @@ import pytest
 
 from samjax.config import Config
 from samjax.data.prompts import PromptConfig
-from samjax.peft.recipes import RECIPES, MethodConfig
+from samjax.peft.method_config import MethodConfig
+from samjax.peft.recipes import RECIPES
 from samjax.training.losses import LossConfig
 from samjax.training.step import OptimizerConfig
 

@@ -23,9 +23,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from samjax.data.images import read_image
-from samjax.tasks import IGNORE, Task
+from samjax.tasks import CLASSES, IGNORE, Task
 
-FOLDERS = {"segmentation": "label", "normals": "normal"}
+FOLDERS = {"segmentation": "label", "normals": "normal", "disparity": "depth"}
 # The literature's names of the splits.
 _SPLITS = {"train": "train", "test": "val"}
 # How far from 1 the length of a direction may lie, as resizing leaves it.
@@ -36,7 +36,7 @@ _LENGTH = 0.05
 class DenseSample:
     """One image, RGB in [0, 255], with its truths by task.
 
-    Of cross_entropy (h, w) int32, else (h, w, channels) float32.
+    Of losses of `samjax.tasks.CLASSES` (h, w) int32, else (h, w, channels) float32.
     """
 
     name: str
@@ -66,6 +66,10 @@ class DenseFolder:
             self._truths[task.name] = files
         self.names = tuple(sorted(self._images, key=_natural))
 
+    def check_sizes(self) -> None:
+        """Reads the first sample: sizes stand in the arrays alone. Raises as reading does."""
+        self[0]
+
     def __len__(self) -> int:
         """The number of samples."""
         return len(self.names)
@@ -79,6 +83,19 @@ class DenseFolder:
             for task in self._tasks
         }
         return DenseSample(name, image, truth)
+
+
+def open_dense(data: str, split: str, tasks: Sequence[Task]) -> DenseFolder:
+    """One split of a folder of dense tasks.
+
+    Raises ValueError, naming the thing and the fix, for data that cannot be used.
+    """
+    if not data:
+        raise ValueError("no data: pass --data with a folder of images and their dense truths")
+    root = Path(data).expanduser()
+    if not root.exists():
+        raise ValueError(f"the data {root} does not exist")
+    return DenseFolder(root, split, tasks)
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
@@ -118,16 +135,16 @@ def _read_rgb(path: Path) -> np.ndarray:
 
 def _read_truth(path: Path, task: Task, size: tuple[int, ...]) -> np.ndarray:
     array = _load(path)
-    if task.loss == "cross_entropy":
+    if task.loss in CLASSES:
         array = array[..., 0] if array.ndim == 3 else array
         if array.shape != size:
             raise ValueError(f"{path} is {list(array.shape)}, and its image is {list(size)}")
         labels = array.astype(np.int32)
-        wrong = (labels != array) | (labels < IGNORE) | (labels >= task.channels)
+        wrong = (labels != array) | (labels < IGNORE) | (labels >= task.classes)
         if wrong.any():
             raise ValueError(
                 f"{path} has the value {array[wrong][0]}, and task {task.name} has the classes 0 "
-                f"to {task.channels - 1}, and {IGNORE} where a pixel does not count"
+                f"to {task.classes - 1}, and {IGNORE} where a pixel does not count"
             )
         return labels
     array = array[..., None] if array.ndim == 2 else array

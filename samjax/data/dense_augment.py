@@ -12,6 +12,10 @@ from samjax.data.dense import DenseSample
 from samjax.tasks import Task
 
 
+# Tasks whose numbers are the larger, the nearer something is.
+INVERSE = ("disparity",)
+
+
 @dataclasses.dataclass(frozen=True)
 class DenseAugmentConfig:
     """Which changes are drawn. Raises ValueError for a scale below 1."""
@@ -34,7 +38,8 @@ def augment_dense(
 ) -> DenseSample:
     """Changes a sample; the same `rng` state gives the same result.
 
-    What is enlarged is nearer: a depth is divided by the scale. A direction's x changes its sign in
+    What is enlarged is nearer: a depth is divided by the scale, an inverse depth, by its task's
+    name, is multiplied. A direction's x changes its sign in
     the mirror. Truths take the nearest pixel, the image is resized bilinearly.
     """
     image, truth = sample.image, dict(sample.truth)
@@ -54,7 +59,9 @@ def augment_dense(
         )
         for task in tasks:
             own = truth[task.name][window][nearest]
-            truth[task.name] = own / np.float32(scale) if task.loss == "masked_l1" else own
+            if task.loss == "masked_l1":
+                own = own * np.float32(scale if task.name in INVERSE else 1 / scale)
+            truth[task.name] = own
     if config.flip and rng.random() < 0.5:
         image = image[:, ::-1]
         for task in tasks:

@@ -8,7 +8,8 @@ to resume is to start at another step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sized
 from typing import Any, Literal
 
 import grain
@@ -64,11 +65,45 @@ def train_batches(
 ) -> grain.MapDataset:
     """The endless stream of training batches; element i is the batch of step i.
 
+    Each is a dict of numpy arrays: image, input_size, coords and labels as `prepare_sample` gives
+    them, mask (fh, fw) bool as `samjax.preprocess.prepare_mask` does and index () int32, the
+    position in the source, all with a leading batch axis. The other arguments are those of
+    `training_stream`.
+    """
+
+    def load(index: int, rng: np.random.Generator) -> Batch:
+        sample = source[index]
+        sample = Sample(sample.name, *augment_sample(rng, sample.image, sample.mask, augment))
+        coords, labels = sample_prompt(rng, sample.mask, prompts)
+        prepared = prepare_sample(sample, coords, labels, frame)
+        return {**prepared, "mask": prepare_mask(sample.mask, frame)}
+
+    return training_stream(
+        load,
+        source,
+        batch_size=batch_size,
+        seed=seed,
+        split=split,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+def training_stream(
+    load: Callable[[int, np.random.Generator], Batch],
+    source: Sized,
+    *,
+    batch_size: int,
+    seed: int,
+    split: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.MapDataset:
+    """The endless stream of batches of what `load(position, rng)` makes of a source's samples.
+
     The source is shuffled anew in every epoch, and a batch may reach from one epoch into the next.
-    Element i does not depend on what was read before it. Each is a dict of numpy arrays: image,
-    input_size, coords and labels as `prepare_sample` gives them, mask (fh, fw) bool as
-    `samjax.preprocess.prepare_mask` does and index () int32, the position in the source, all with a
-    leading batch axis.
+    Element i does not depend on what was read before it. Arrays get a leading batch axis, and
+    index, the position in the source, is added.
 
     With `split` the samples are cut into two halves once, by the seed, and rows come from one and
     the other in turn; each half is shuffled in its own epochs.
@@ -76,7 +111,7 @@ def train_batches(
     `batch_size` is global: of `process_count` processes each gets the samples p, p + count, ... of
     the global batch, `batch_size / process_count` of them.
     """
-    _check_batch(source, batch_size)
+    check_batch(source, batch_size)
     if batch_size % process_count:
         raise ValueError(
             f"batch_size {batch_size} is not a multiple of the {process_count} processes"
@@ -89,20 +124,15 @@ def train_batches(
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must lie in [0, 2**32), but is {seed}")
 
-    def load(index: int, rng: np.random.Generator) -> Batch:
-        sample = source[int(index)]
-        sample = Sample(sample.name, *augment_sample(rng, sample.image, sample.mask, augment))
-        coords, labels = sample_prompt(rng, sample.mask, prompts)
-        prepared = prepare_sample(sample, coords, labels, frame)
-        mask = prepare_mask(sample.mask, frame)
-        return {**prepared, "mask": mask, "index": np.int32(index)}
+    def load_indexed(index: int, rng: np.random.Generator) -> Batch:
+        return {**load(int(index), rng), "index": np.int32(index)}
 
     def stream(positions: grain.MapDataset, seed: int = seed) -> grain.MapDataset:
         # The random map comes after the repetition, so that an image is changed anew in every
         # epoch. As many epochs as leave every length of the chain an index-sized integer.
         epochs = 2**62 // len(source)
         endless = positions.seed(seed).shuffle().repeat(epochs)
-        return endless.random_map(load)[process_index::process_count]
+        return endless.random_map(load_indexed)[process_index::process_count]
 
     if not split:
         return stream(grain.MapDataset.range(len(source))).batch(batch_size // process_count)
@@ -139,53 +169,47 @@ def eval_batches(
     """One pass over the source in order, without randomness.
 
     Each batch has image, input_size, coords and labels as `prepare_sample` gives them with a
-    leading batch axis, original_size (b, 2) int32, and the lists truth ((h, w) bool masks of the
-    original sizes) and names. The last batch is filled up by repeating the last sample; valid (b,)
-    bool is False there. `prompts_for` chooses no prompt, the box of the truth, or its most central
-    point; an empty truth has no prompt.
+    leading batch axis, and what `one_pass` adds; truths are (h, w) bool masks of the original
+    sizes. `prompts_for` chooses no prompt, the box of the truth, or its most central point; an
+    empty truth has no prompt.
     """
-    _check_batch(source, batch_size)
+    check_batch(source, batch_size)
     if prompts_for not in EVAL_SLOTS:
         raise ValueError(f"prompts_for must be none, box or point, but is {prompts_for!r}")
 
     def load(index: int) -> Batch:
-        sample = source[int(index)]
+        sample = source[index]
         coords, labels = pad_prompt(*_truth_prompt(sample, prompts_for), EVAL_SLOTS[prompts_for])
         prepared = prepare_sample(sample, coords, labels, frame)
         return {**prepared, "truth": sample.mask, "name": sample.name}
 
-    return _group(_read_ahead(load, len(source), num_threads), batch_size)
+    return one_pass(load, source, batch_size, num_threads)
 
 
-def _read_ahead(load: Callable[[int], Batch], count: int, num_threads: int) -> Iterator[Batch]:
-    return batches_from(grain.MapDataset.range(count).map(load), 0, count, num_threads, buffer=16)
+def one_pass(
+    load: Callable[[int], Batch], source: Sized, batch_size: int, num_threads: int = 2
+) -> Iterator[Batch]:
+    """Batches of what `load(position)` makes of a source's samples, in order.
 
-
-def _group(samples: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
-    group: list[Batch] = []
-    for sample in samples:
-        group.append(sample)
-        if len(group) == batch_size:
-            yield _collate(group, batch_size)
-            group = []
-    if group:
-        yield _collate(group, batch_size)
+    Arrays are stacked; truth and name stay lists, truth and names. The last batch is filled up by
+    repeating the last sample; valid (b,) bool is False there.
+    """
+    check_batch(source, batch_size)
+    count = len(source)
+    dataset = grain.MapDataset.range(count).map(lambda index: load(int(index)))
+    samples = batches_from(dataset, 0, count, num_threads, buffer=16)
+    groups = iter(lambda: list(itertools.islice(samples, batch_size)), [])
+    return (_collate(group, batch_size) for group in groups)
 
 
 def _collate(group: list[Batch], batch_size: int) -> Batch:
-    valid = np.arange(batch_size) < len(group)
-    group = group + [group[-1]] * (batch_size - len(group))
-    stacked = {
-        key: np.stack([sample[key] for sample in group])
-        for key in ("image", "input_size", "coords", "labels")
-    }
-    truth = [sample["truth"] for sample in group]
+    filled = [*group, *[group[-1]] * (batch_size - len(group))]
+    arrays = [key for key in group[0] if key not in ("truth", "name")]
     return {
-        **stacked,
-        "valid": valid,
-        "truth": truth,
-        "names": [sample["name"] for sample in group],
-        "original_size": np.array([mask.shape for mask in truth], np.int32),
+        **{key: np.stack([sample[key] for sample in filled]) for key in arrays},
+        "valid": np.arange(batch_size) < len(group),
+        "truth": [sample["truth"] for sample in filled],
+        "names": [sample["name"] for sample in filled],
     }
 
 
@@ -197,7 +221,8 @@ def _truth_prompt(sample: Sample, kind: str) -> tuple[np.ndarray, np.ndarray]:
     return encode_prompt(central_point(sample.mask)[None], [POSITIVE], None)
 
 
-def _check_batch(source: Source, batch_size: int) -> None:
+def check_batch(source: Sized, batch_size: int) -> None:
+    """Raises ValueError for a batch of nothing."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
     if not len(source):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,24 +21,30 @@ from samjax.files import write_beside
 from samjax.models import Prompts, Sam
 from samjax.preprocess import MASK_THRESHOLD, unpad_matrices
 
+# The row of a file that is no image's.
+_SET = "(whole set)"
 # Truths of one batch are padded to a multiple of this, so that few shapes are compiled.
 _BUCKET = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Metrics of every image, in order, and their means over the set."""
+    """Metrics of every image, in order, and of the whole set."""
 
     names: tuple[str, ...]
     per_image: dict[str, np.ndarray]
+    # Metrics of the set that are no means over its images, such as those of dense tasks.
+    of_set: dict[str, float] | None = None
 
     @property
     def mean(self) -> dict[str, float]:
-        """Each metric's mean over images."""
+        """Each metric of the set: its mean over images, where it is one."""
+        if self.of_set is not None:
+            return self.of_set
         return {key: float(np.mean(values)) for key, values in self.per_image.items()}
 
     def write_csv(self, path: Path) -> None:
-        """One row per image: its name, then each metric."""
+        """One row per image: its name, then each metric; last those of the set, if no means."""
         with (
             write_beside(path) as temporary,
             open(temporary, "w", newline="", encoding="utf-8") as file,
@@ -47,16 +53,21 @@ class Evaluation:
             writer.writerow(["name", *self.per_image])
             columns = [[f"{v:.6f}" for v in values] for values in self.per_image.values()]
             writer.writerows(zip(self.names, *columns, strict=True))
+            if self.of_set is not None:
+                writer.writerow([_SET, *(f"{value:.6f}" for value in self.of_set.values())])
 
     @staticmethod
     def read_csv(path: Path) -> Evaluation:
         """The inverse of `write_csv`, up to the six decimals written. Raises ValueError."""
         try:
             with open(path, newline="", encoding="utf-8") as file:
-                header, *rows = csv.reader(file)
+                (_, *metrics), *rows = csv.reader(file)
+            last = rows.pop()[1:] if rows[-1][0] == _SET else None
             columns = list(zip(*rows, strict=True))
-            values = zip(header[1:], columns[1:], strict=True)
-            return Evaluation(columns[0], {k: np.array(v, np.float64) for k, v in values})
+            values = zip(metrics, columns[1:], strict=True)
+            per_image = {key: np.array(column, np.float64) for key, column in values}
+            of_set = last and {k: float(v) for k, v in zip(metrics, last, strict=True)}
+            return Evaluation(columns[0], per_image, of_set)
         except (ValueError, IndexError, csv.Error):
             raise ValueError(f"{path} is damaged: delete it, and evaluate again") from None
 
@@ -134,14 +145,24 @@ def _saliency(logits: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def _postprocessing(model: Sam, batch: dict[str, Any]) -> tuple[np.ndarray, ...]:
-    sizes = [truth.shape for truth in batch["truth"]]
+    rows, columns = resizing(model, [truth.shape for truth in batch["truth"]])
+    truth = np.zeros((rows.shape[0], rows.shape[1], columns.shape[1]), bool)
+    for padded, own in zip(truth, batch["truth"], strict=True):
+        padded[: own.shape[0], : own.shape[1]] = own
+    return rows, columns, truth
+
+
+def resizing(model: Sam, sizes: Sequence[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
+    """Matrices that bring each image's maps to its own (height, width) of `sizes`.
+
+    (b, h, low height) and (b, w, low width), zero where an image is smaller than (h, w), which
+    are multiples of `_BUCKET`.
+    """
     height, width = (-(-max(side) // _BUCKET) * _BUCKET for side in zip(*sizes, strict=True))
     low_height, low_width = model.config.low_res_shape
     rows = np.zeros((len(sizes), height, low_height), np.float32)
     columns = np.zeros((len(sizes), width, low_width), np.float32)
-    truth = np.zeros((len(sizes), height, width), bool)
     for i, (h, w) in enumerate(sizes):
         matrices = unpad_matrices((low_height, low_width), model.config.frame, (h, w))
         rows[i, :h], columns[i, :w] = matrices
-        truth[i, :h, :w] = batch["truth"][i]
-    return rows, columns, truth
+    return rows, columns

@@ -1,6 +1,6 @@
 """Metrics of dense tasks over a whole set: from sums over pixels, not from means of images.
 
-`measure` counts a batch, jitted; counts add up; `summarize` makes metrics of them.
+`measure` counts each image of a batch, jitted; counts add up; `summarize` makes metrics of them.
 """
 
 from __future__ import annotations
@@ -19,24 +19,36 @@ from samjax.training.task_losses import known_pixels, unit
 # Bins of angles from 0 to 180 degrees; a median is interpolated within one of them.
 _BINS = 36_000
 _WITHIN = (11.25, 22.5, 30.0)
+# Thresholds of a probability, of which the best counts.
+_LEVELS = 256
 
-Counts = dict[str, np.ndarray]
+Counts = dict[str, Any]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def measure(task: Task, maps: Any, truth: Any) -> dict[str, Any]:
-    """Sums of one batch; arguments as those of `samjax.training.task_losses.task_loss`.
+    """Counts of each image; arguments as those of `samjax.training.task_losses.task_loss`.
 
-    cross_entropy: `confusion` (classes, classes), truth by prediction. masked_l1: `pixels`,
-    `absolute`, `relative`, by image. cosine: `angles`, a histogram, `sum`, by image, and `within`.
+    Arrays have a leading batch axis. cross_entropy: `confusion` (b, classes, classes), truth by
+    prediction. balanced_bce: `hits` and `alarms`, pixels above each threshold that are positive
+    and negative, and `positives`. masked_l1: sums `absolute` and `relative`. cosine: `angles`, a
+    histogram, their `sum`, and `within`, pixels within each limit. And `pixels`, the known ones.
     """
     known = known_pixels(task, truth)
+    pixels = jnp.sum(known, axis=(1, 2))
     if task.loss == "cross_entropy":
         classes = maps.shape[1]
         pair = jnp.where(known, truth * classes + jnp.argmax(maps, axis=1), classes**2)
-        counts = jnp.bincount(pair.ravel(), length=classes**2 + 1)[:-1]
-        return {"confusion": counts.reshape(classes, classes)}
-    pixels = jnp.sum(known, axis=(1, 2))
+        counts = _histogram(pair, classes**2)
+        return {"confusion": counts.reshape(-1, classes, classes), "pixels": pixels}
+    if task.loss == "balanced_bce":
+        level = jnp.floor(jax.nn.sigmoid(maps[:, 0]) * _LEVELS).astype(jnp.int32)
+        level = jnp.clip(level, 0, _LEVELS - 1)
+        found = {}
+        for name, value in (("hits", 1), ("alarms", 0)):
+            counts = _histogram(jnp.where(known & (truth == value), level, _LEVELS), _LEVELS)
+            found[name] = jnp.flip(jnp.cumsum(jnp.flip(counts, 1), axis=1), 1)
+        return {**found, "positives": jnp.sum(known & (truth == 1), axis=(1, 2)), "pixels": pixels}
     if task.loss == "masked_l1":
         error = jnp.abs(maps - truth)[:, 0]
         share = error / jnp.where(known, truth[:, 0], 1.0)
@@ -45,30 +57,35 @@ def measure(task: Task, maps: Any, truth: Any) -> dict[str, Any]:
     cosine = jnp.clip(jnp.sum(unit(maps) * unit(truth), axis=1), -1.0, 1.0)
     angle = jnp.degrees(jnp.arccos(cosine))
     place = jnp.clip((angle * (_BINS / 180)).astype(jnp.int32), 0, _BINS - 1)
-    place = jnp.where(known, place, _BINS)
+    within = [jnp.sum(known & (angle < limit), axis=(1, 2)) for limit in _WITHIN]
     return {
-        "angles": jnp.bincount(place.ravel(), length=_BINS + 1)[:-1],
+        "angles": _histogram(jnp.where(known, place, _BINS), _BINS),
         "sum": jnp.sum(jnp.where(known, angle, 0.0), axis=(1, 2)),
+        "within": jnp.stack(within, axis=1),
         "pixels": pixels,
-        "within": jnp.stack([jnp.sum(known & (angle < limit)) for limit in _WITHIN]),
     }
 
 
+def _histogram(places: Any, length: int) -> Any:
+    """(b, length) counts of each image's places; those at `length` are left out."""
+    count = jax.vmap(lambda image: jnp.bincount(image.ravel(), length=length + 1))
+    return count(places)[:, :-1]
+
+
 def add(total: Counts | None, batch: Mapping[str, Any]) -> Counts:
-    """Counts of a batch added to those before, in float64 and int64."""
-    new: Counts = {}
+    """Counts of a batch's images added to those before, in float64 and int64."""
+    new = {}
     for name, value in batch.items():
         array = np.asarray(value)
-        array = array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
-        by_image = name in ("absolute", "relative", "sum", "pixels")
-        new[name] = np.asarray(array.sum()) if by_image else array
-    return new if total is None else {k: np.asarray(total[k] + v) for k, v in new.items()}
+        new[name] = array.sum(axis=0, dtype=np.float64 if array.dtype.kind == "f" else np.int64)
+    return new if total is None else {k: total[k] + v for k, v in new.items()}
 
 
 def summarize(task: Task, counts: Counts) -> dict[str, float]:
     """The task's metrics; NaN where no pixel was known.
 
-    A class counts in the mean IoU if some pixel has it, in truth or prediction. Angles are in
+    A class counts in the mean IoU if some pixel has it, in truth or prediction. `max_f` is the
+    largest F1 of all thresholds, `iou` that of the positive class at one half. Angles are in
     degrees, shares in [0, 1].
     """
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -81,6 +98,15 @@ def summarize(task: Task, counts: Counts) -> dict[str, float]:
             return {
                 "miou": float(mean_iou),
                 "pixel_accuracy": float(hits.sum() / np.float64(confusion.sum())),
+            }
+        if task.loss == "balanced_bce":
+            hits, predicted = counts["hits"], counts["hits"] + counts["alarms"]
+            positives = np.float64(counts["positives"])
+            scores = np.where(hits > 0, 2 * hits / (predicted + positives), 0.0)
+            half = _LEVELS // 2
+            return {
+                "max_f": float(scores.max()) if counts["pixels"] else np.nan,
+                "iou": float(hits[half] / (predicted[half] + positives - hits[half])),
             }
         pixels = np.float64(counts["pixels"])
         if task.loss == "masked_l1":

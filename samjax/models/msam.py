@@ -8,21 +8,25 @@ are SAM's own:
     image_encoder/...            the same
     prompt_encoder/pe_layer/...  the positional matrix
     no_mask_embed_TASK/embedding (channels, dim): SAM's row in each, at first
+    log_variance/TASK            zero; its loss may learn it (uncertainty weighting)
     mask_decoder_TASK/...        SAM's mask decoder, at first
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from samjax.models.prompt_encoder import PositionEmbeddingRandom
 from samjax.models.sam import DETERMINISTIC, Sam
 from samjax.nn import Context, Embedding
+from samjax.tasks import Task, find
 
 
 class _Positions(nn.Module):
@@ -37,31 +41,33 @@ class _Positions(nn.Module):
         return self.pe_layer.of_grid(grid)
 
 
+class _Numbers(nn.Module):
+    """A number by name, zero at first."""
+
+    names: Sequence[str]
+
+    @nn.compact
+    def __call__(self) -> dict[str, Float[Array, ""]]:
+        return {name: self.param(name, nn.initializers.zeros, ()) for name in self.names}
+
+
 class MSam(Sam):
-    """SAM for dense tasks.
+    """SAM for dense `tasks`, whose index in that order is `Context.task`."""
 
-    `channels` has a pair (name, number of maps) for each task; a name is an identifier.
-    """
-
-    channels: tuple[tuple[str, int], ...] = ()
+    tasks: tuple[Task, ...] = ()
 
     def setup(self) -> None:
         """Names submodules as above."""
         dim = self.config.prompt_embed_dim
         self.image_encoder = self.make_encoder()
         self.prompt_encoder = _Positions(dim)
+        names = [task.name for task in self.tasks]
         self.rows = {
-            name: Embedding(count, dim, name=f"no_mask_embed_{name}")
-            for name, count in self.channels
+            task.name: Embedding(task.channels, dim, name=f"no_mask_embed_{task.name}")
+            for task in self.tasks
         }
-        self.decoders = {
-            name: self.make_decoder(name=f"mask_decoder_{name}") for name, _ in self.channels
-        }
-
-    @property
-    def task_names(self) -> tuple[str, ...]:
-        """The tasks, in the order of their index in `Context.task`."""
-        return tuple(name for name, _ in self.channels)
+        self.decoders = {name: self.make_decoder(name=f"mask_decoder_{name}") for name in names}
+        self.log_variance = _Numbers(names)
 
     def decode_task(
         self, image_embeddings: Float[Array, "b h w c"], task: str, ctx: Context = DETERMINISTIC
@@ -89,11 +95,12 @@ class MSam(Sam):
 
         `jax.vmap` runs over the tasks, so that what no adapter has touched is computed once.
         """
-        tasks = jnp.arange(len(self.channels))
+        tasks = jnp.arange(len(self.tasks))
         embeddings = self.encode_tasks(image, input_size, tasks, ctx)
+        self.log_variance()  # so that `init` makes them
         return {
-            name: self.decode_task(embeddings[i], name, ctx.replace(task=jnp.int32(i)))
-            for i, name in enumerate(self.task_names)
+            task.name: self.decode_task(embeddings[i], task.name, ctx.replace(task=jnp.int32(i)))
+            for i, task in enumerate(self.tasks)
         }
 
     def encode_tasks(
@@ -110,14 +117,22 @@ class MSam(Sam):
 
         over_tasks = nn.vmap(
             encode,
-            variable_axes={"params": None, "peft": None},
+            variable_axes={"params": None, "peft": None, "losses": 0},
             split_rngs={"params": False},
         )
         return over_tasks(self, tasks)
 
+    def log_variances(self) -> dict[str, Float[Array, ""]]:
+        """Of each task: what uncertainty weighting learns."""
+        return self.log_variance()
+
     def example(self) -> tuple[Any, ...]:
         """Arguments of a forward pass that touches every parameter."""
         return super().example()[:2]
+
+    def index(self, name: str) -> int:
+        """The index of a task. Raises ValueError for one that there is not, with the nearest."""
+        return self.tasks.index(find(self.tasks, name))
 
 
 def msam_params(params: Any, model: MSam) -> dict[str, Any]:
@@ -125,14 +140,15 @@ def msam_params(params: Any, model: MSam) -> dict[str, Any]:
 
     Leaves are shared, not copied. Raises ValueError where they are those of another SAM.
     """
-    row = jnp.asarray(params["prompt_encoder"]["no_mask_embed"]["embedding"])
+    row = np.asarray(params["prompt_encoder"]["no_mask_embed"]["embedding"])
     built: dict[str, Any] = {
         "image_encoder": params["image_encoder"],
         "prompt_encoder": {"pe_layer": params["prompt_encoder"]["pe_layer"]},
+        "log_variance": {task.name: np.zeros((), np.float32) for task in model.tasks},
     }
-    for name, count in model.channels:
-        built[f"no_mask_embed_{name}"] = {"embedding": jnp.tile(row, (count, 1))}
-        built[f"mask_decoder_{name}"] = params["mask_decoder"]
+    for task in model.tasks:
+        built[f"no_mask_embed_{task.name}"] = {"embedding": np.tile(row, (task.channels, 1))}
+        built[f"mask_decoder_{task.name}"] = params["mask_decoder"]
     shapes = jax.tree.map(lambda leaf: leaf.shape, built)
     if shapes != jax.tree.map(lambda leaf: leaf.shape, model.init_params_shapes()):
         raise ValueError(f"these weights are not those of {model.config.name}")

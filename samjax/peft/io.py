@@ -21,12 +21,14 @@ from safetensors.numpy import save_file
 from samjax.files import write_beside
 from samjax.hashes import is_sealed, params_sha256, sealed
 from samjax.models.configs import SamConfig, is_of_before
+from samjax.models.msam import MSam, msam_params
 from samjax.models.sam import Sam
 from samjax.peft.delta import DERIVED
 from samjax.peft.report import report
 from samjax.peft.resolve import resolve
 from samjax.peft.spec import PeftSpec
 from samjax.peft.trees import attach, check_sites, deltas, groups, partition, trainable
+from samjax.tasks import Task, parse
 from weights_convert.errors import shown
 
 SCHEMA = 1
@@ -47,8 +49,15 @@ class Adapter:
     tensors: dict[str, np.ndarray]
     # What else the file says: method, training prompts, ...
     metadata: dict[str, Any]
+    # Of the model, where it is one of dense tasks.
+    tasks: tuple[Task, ...] = ()
     # By site: `Delta.fingerprint` of records with arrays that are not in the file.
     fingerprints: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def model(self) -> Sam:
+        """The model that it was trained in."""
+        return MSam(self.config, tasks=self.tasks) if self.tasks else Sam(self.config)
 
     @property
     def adapter_bytes(self) -> int:
@@ -100,11 +109,14 @@ def save(
         "tensors_sha256": params_sha256(tensors),
         "metadata": metadata or {},
     }
+    tasks = model.tasks if isinstance(model, MSam) else ()
+    if tasks:
+        record["tasks"] = [str(task) for task in tasks]
     if marks := _fingerprints(variables["peft"]):
         record["fingerprints"] = marks
     with write_beside(path) as temporary:
         save_file(tensors, temporary, {_KEY: json.dumps(sealed(record), sort_keys=True)})
-    return Adapter(spec, model.config, base_sha256, tensors, metadata or {}, marks)
+    return Adapter(spec, model.config, base_sha256, tensors, metadata or {}, tasks, marks)
 
 
 def _check_spec(path: Path, spec: PeftSpec, model: Sam, variables: Any) -> None:
@@ -182,6 +194,7 @@ def read(path: str | Path) -> Adapter:
             str(record["base_sha256"]),
             tensors,
             dict(record["metadata"]),
+            parse([str(task) for task in record.get("tasks", ())]),
             {str(k): [float(x) for x in v] for k, v in record.get("fingerprints", {}).items()},
         )
         recorded = record["tensors_sha256"]
@@ -197,8 +210,8 @@ def read(path: str | Path) -> Adapter:
 def apply(adapter: Adapter, model: Sam, params: Any, name: str = "the adapter") -> tuple[Any, Any]:
     """`(params, peft)` of the trained model: the base with the adapter's leaves in place.
 
-    Raises ValueError where the adapter belongs to another architecture, to a model with another
-    preprocessing, or to other weights.
+    `params` are SAM's, for a model of dense tasks too. Raises ValueError where the adapter belongs
+    to another architecture, to a model with another preprocessing, or to other weights.
     """
     _check_model(adapter.config, model.config, name)
     base = params_sha256(params)
@@ -207,6 +220,8 @@ def apply(adapter: Adapter, model: Sam, params: Any, name: str = "the adapter") 
             f"{name} was trained on other weights (sha256 {adapter.base_sha256[:12]}…, these are "
             f"{base[:12]}…); pass the weights that it was trained on, before any merge"
         )
+    if isinstance(model, MSam):
+        params = msam_params(params, model)
     try:
         shapes = jax.eval_shape(lambda p: attach(adapter.spec, model, p, jax.random.key(0)), params)
         mask = trainable(adapter.spec, model, {"params": params, "peft": shapes})["params"]
@@ -248,7 +263,7 @@ def records(adapter: Adapter) -> Any:
 
     Raises ValueError where the file lacks an array.
     """
-    model = Sam(adapter.config)
+    model = adapter.model
     params = model.init_params_shapes()
     shapes = jax.eval_shape(lambda p: attach(adapter.spec, model, p, jax.random.key(0)), params)
     kinds = _flatten(groups(adapter.spec, model, {"params": params, "peft": shapes})["peft"])
@@ -311,6 +326,8 @@ def describe(adapter: Adapter, model: Sam) -> str:
     prompts = adapter.metadata.get("trained_prompts")
     kinds = {"none": "no prompt", "box": "boxes", "points": "points"}
     drawn = [kinds[k] for k in kinds if isinstance(prompts, dict) and prompts.get(k)]
+    if adapter.tasks:
+        drawn = [", ".join(task.name for task in adapter.tasks)]
     return (
         f"{shown(adapter.metadata.get('method', 'adapter'))} at {sites} sites, "
         f"{counts.trainable:,} trained numbers, for {shown(adapter.config.name)}, trained at "

@@ -1,20 +1,18 @@
 """Named specs: what `--method NAME` stands for, with each method's settings and their defaults.
 
 A recipe is a function whose keyword parameters are the method's settings; it returns the rules of
-the encoder. Those of the mask decoder are the same for all methods (`MethodConfig.decoder`).
+the encoder. Those of the mask decoder are the same for all methods (`MethodConfig.decoder`). A
+recipe of dense tasks has one more parameter, how many `tasks` there are.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 from samjax.peft.adaptformer import AdaptFormer
-from samjax.peft.architecture import read_architecture
 from samjax.peft.conv_lora import ConvLoRA
 from samjax.peft.dora import DoRA
 from samjax.peft.edges import is_search, parse_sites
@@ -24,130 +22,14 @@ from samjax.peft.lora import LoRA
 from samjax.peft.lora_conv import LoRAConv
 from samjax.peft.nas_lora import NASLoRA
 from samjax.peft.sam_parser import SAMParser
-from samjax.peft.spec import Freeze, PeftSpec, Rule, Train
+from samjax.peft.per_task import PerTask
+from samjax.peft.spec import Freeze, Rule, Train
 from samjax.peft.ssf import SSF
+from samjax.peft.ta_lora import TALoRA
+from samjax.peft.targets import check_targets, convolutions, linear_rules
 
-_TRAIN_DECODER = Rule("mask_decoder/**", Train(group="decoder"))
-_DECODER = {
-    "all": (_TRAIN_DECODER,),
-    "mask": (
-        Rule("mask_decoder/iou_prediction_head/**", Freeze()),
-        Rule("mask_decoder/output_hypernetworks_mlps_{1,2,3}/**", Freeze()),
-        _TRAIN_DECODER,
-    ),
-    "none": (),
-}
 # Peak learning rate of the mask decoder, beside any method.
 DECODER_LEARNING_RATE = 5e-4
-Target = Literal[
-    "qkv", "q", "k", "v", "proj", "attn", "mlp", "decoder", "conv", "neck", "transformer"
-]
-
-
-@dataclasses.dataclass(frozen=True)
-class MethodConfig:
-    """A method and its settings, as the command line and experiments take them.
-
-    A setting that is left out (None) has the method's own default; `docs/methods.md` has them.
-    """
-
-    # The method's name; `samjax params --list` shows all.
-    method: str = "lora"
-    # Columns of the first factor.
-    rank: int | None = None
-    # LoRA's update is scaled by alpha / rank; its own default is the rank.
-    alpha: float | None = None
-    # What the adapter's update is multiplied by.
-    scale: float | None = None
-    # Hidden channels of an adapter beside or after a branch.
-    bottleneck: int | None = None
-    # What is adapted: some of q, k, v, proj, mlp, decoder, conv, or qkv, the fused projection as
-    # one; of a block's branches attn, mlp; or of neck, transformer.
-    targets: tuple[Target, ...] | None = None
-    # Probability with which an input of the adapter is zeroed in training.
-    dropout: float | None = None
-    # How many experts a mixture has.
-    experts: int | None = None
-    # Weight of the loss that balances a mixture's experts.
-    balance: float | None = None
-    # How many of the encoder's last blocks train (last_k).
-    blocks: int | None = None
-    # Operators of a searchable cell, joined by +; of several edges by |; or a JSON file that
-    # `samjax arch` wrote, whose architecture is then trained as it is.
-    operators: str | None = None
-    # Which operators a searchable cell has: linear ones, which collapse, or those of DARTS.
-    space: Literal["linear", "darts"] | None = None
-    # How the operators of the space darts are normalised.
-    norm: Literal["instance", "none"] | None = None
-    # How many nodes a searchable cell has.
-    nodes: int | None = None
-    # One in so many channels goes through the searchable cell (nas_pc_lora).
-    partial: int | None = None
-    # Whose setting it is, where they differ: the paper's, or its authors' code's (sam_parser).
-    recipe: Literal["paper", "code"] | None = None
-    # Which factors of a decomposed kernel train (sam_parser).
-    train: Literal["coefficients", "bases", "both"] | None = None
-    # How much of the mask decoder trains beside the adapter: all of it; what the single mask needs
-    # (mask), without the IoU head and the multi-mask outputs; none. Without it the adapter file is
-    # a few hundred kB.
-    decoder: Literal["all", "mask", "none"] = "all"
-
-    def __post_init__(self) -> None:
-        if (self.operators or "").endswith(".json"):
-            # Its contents in its place: a run knows its architecture when the file is gone.
-            given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-            for name, value in read_architecture(Path(self.operators or ""), given).items():
-                object.__setattr__(self, name, value)
-        if self.method not in RECIPES:
-            nearest = difflib.get_close_matches(str(self.method), RECIPES, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"unknown method {self.method!r}; the nearest is {nearest}, and this samjax knows "
-                f"{', '.join(RECIPES)}"
-            )
-        if self.decoder not in _DECODER:
-            raise ValueError(f"decoder must be one of {', '.join(_DECODER)}, not {self.decoder!r}")
-        known = RECIPES[self.method].settings
-        for name in self._given():
-            if name not in known:
-                has = f"has {', '.join(known)}" if known else "has no settings"
-                raise ValueError(f"method {self.method!r} has no setting {name}: it {has}")
-        sites = parse_sites(self.operators or "")
-        if sites and self.targets is not None and set(self.targets) != _targets_of(sites):
-            named = ", ".join(sorted(_targets_of(sites)))
-            raise ValueError(
-                f"operators names layers of {named}, and targets is {', '.join(self.targets)}; "
-                "leave out targets"
-            )
-        self.spec()
-
-    def _given(self) -> dict[str, Any]:
-        """The settings that are not left out."""
-        settings = (f.name for f in dataclasses.fields(self) if f.name not in ("method", "decoder"))
-        return {name: value for name in settings if (value := getattr(self, name)) is not None}
-
-    def spec(self) -> PeftSpec:
-        """The rules. Raises ValueError for a setting out of range."""
-        rules = RECIPES[self.method].rules(**self._given()) + _DECODER[self.decoder]
-        if not rules:
-            raise ValueError(f"method {self.method!r} trains nothing when decoder is none")
-        return PeftSpec(rules)
-
-    def resolved(self) -> dict[str, Any]:
-        """The method and all its settings, with its own defaults for those that are left out."""
-        settings = {**RECIPES[self.method].settings, **self._given()}
-        return {"method": self.method, **settings, "decoder": self.decoder}
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """The stages of the method's training."""
-        stages = RECIPES[self.method].stages
-        return stages(**self._given()) if callable(stages) else stages
-
-    @property
-    def learning_rate(self) -> float:
-        """The peak learning rate that suits the method."""
-        rate = RECIPES[self.method].learning_rate
-        return rate(**self._given()) if callable(rate) else rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +47,12 @@ class Recipe:
     def settings(self) -> dict[str, Any]:
         """Its settings with their defaults."""
         parameters = inspect.signature(self.rules).parameters
-        return {name: parameter.default for name, parameter in parameters.items()}
+        return {name: p.default for name, p in parameters.items() if name != "tasks"}
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is for dense tasks alone."""
+        return "tasks" in inspect.signature(self.rules).parameters
 
     @property
     def summary(self) -> str:
@@ -210,7 +97,7 @@ def lora(
 ) -> tuple[Rule, ...]:
     """LoRA on q and v of every encoder block (SAMed's setting), or on other `targets`."""
     config, conv = LoRA(rank, alpha, dropout), LoRAConv(rank, alpha, dropout)
-    return _linear_rules(config, targets, conv)
+    return linear_rules(config, targets, conv)
 
 
 def rslora(
@@ -222,7 +109,7 @@ def rslora(
 ) -> tuple[Rule, ...]:
     """LoRA scaled by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023)."""
     settings = (rank, alpha, dropout, True)
-    return _linear_rules(LoRA(*settings), targets, LoRAConv(*settings))
+    return linear_rules(LoRA(*settings), targets, LoRAConv(*settings))
 
 
 def dora(
@@ -233,7 +120,7 @@ def dora(
     dropout: float = 0.0,
 ) -> tuple[Rule, ...]:
     """DoRA on q and v of every encoder block, or on other `targets` (Liu et al. 2024)."""
-    rules = _linear_rules(DoRA(rank, alpha, dropout), targets)
+    rules = linear_rules(DoRA(rank, alpha, dropout), targets)
     # A kernel stays as it is where DoRA turns it, though the rest of the decoder trains.
     return rules + tuple(
         Rule(f"{rule.pattern}/kernel", Freeze())
@@ -246,11 +133,7 @@ def lora_conv(
     *, rank: int = 4, alpha: float | None = None, dropout: float = 0.0
 ) -> tuple[Rule, ...]:
     """LoRA on the encoder's convolutions: patch embedding, neck, and TinyViT's own."""
-    return (_convolutions(LoRAConv(rank, alpha, dropout)),)
-
-
-def _convolutions(config: Any) -> Rule:
-    return Rule("image_encoder/**", config)
+    return (convolutions(LoRAConv(rank, alpha, dropout)),)
 
 
 # Not qkv, the fused projection as one: its pieces are q, k and v.
@@ -265,8 +148,8 @@ def fact_tt(
     dropout: float = 0.0,
 ) -> tuple[Rule, ...]:
     """FacT in its tensor-train form on q, k and v of every encoder block, or on `targets`."""
-    _check_targets(targets, _FACT_TARGETS)
-    return _linear_rules(FacT(rank, "tt", scale, dropout), targets)
+    check_targets(targets, _FACT_TARGETS)
+    return linear_rules(FacT(rank, "tt", scale, dropout), targets)
 
 
 def fact_tk(
@@ -277,8 +160,8 @@ def fact_tk(
     dropout: float = 0.0,
 ) -> tuple[Rule, ...]:
     """FacT in its Tucker form on q, k and v of every encoder block, or on `targets`."""
-    _check_targets(targets, _FACT_TARGETS)
-    return _linear_rules(FacT(rank, "tk", scale, dropout), targets)
+    check_targets(targets, _FACT_TARGETS)
+    return linear_rules(FacT(rank, "tk", scale, dropout), targets)
 
 
 def adapter(
@@ -288,7 +171,7 @@ def adapter(
 
     Raises ValueError for a target that is no branch, or for none.
     """
-    _check_targets(targets, ("attn", "mlp"))
+    check_targets(targets, ("attn", "mlp"))
     config = Houlsby(bottleneck)
     return tuple(Rule(f"image_encoder/**/{name}", config) for name in dict.fromkeys(targets))
 
@@ -325,7 +208,7 @@ def sam_parser(
         return (Rule("image_encoder/neck_{0,2}", SAMParser("both")), norms)
     if targets is None:
         targets = ("neck",)
-    _check_targets(targets, ("neck", "transformer"))
+    check_targets(targets, ("neck", "transformer"))
     config = SAMParser("coefficients" if train is None else train)
     patterns = {
         "neck": ("image_encoder/neck_{0,2}",),
@@ -349,8 +232,8 @@ def conv_lora(
     dropout: float = 0.0,
 ) -> tuple[Rule, ...]:
     """LoRA with a mixture of convolutions between its factors (Zhong et al. 2024)."""
-    _check_targets(targets, ("qkv", "q", "k", "v", "proj", "mlp"))
-    return _linear_rules(ConvLoRA(rank, alpha, experts, balance, dropout), targets)
+    check_targets(targets, ("qkv", "q", "k", "v", "proj", "mlp"))
+    return linear_rules(ConvLoRA(rank, alpha, experts, balance, dropout), targets)
 
 
 def nas_lora(
@@ -388,24 +271,72 @@ def nas_pc_lora(
 
 def _cell_rules(config: NASLoRA, operators: str, targets: tuple[str, ...]) -> tuple[Rule, ...]:
     """A cell in each of the targets; or where operators names sites, a cell of its own in each."""
-    _check_targets(targets, ("qkv", "q", "k", "v", "proj", "mlp"))
+    check_targets(targets, ("qkv", "q", "k", "v", "proj", "mlp"))
     if sites := parse_sites(operators):
         return tuple(
             Rule(pattern, dataclasses.replace(config, operators=edges))
             for pattern, edges in sites.items()
         )
-    return _linear_rules(dataclasses.replace(config, operators=operators), targets)
+    return linear_rules(dataclasses.replace(config, operators=operators), targets)
 
 
-def _targets_of(sites: Iterable[str]) -> set[str]:
-    """The targets that patterns of sites are of."""
-    found: set[str] = set()
-    for pattern in sites:
-        path, _, segments = pattern.partition("[")
-        module, _, layer = path.rpartition("/")
-        name = "mlp" if module.endswith("mlp") else layer
-        found |= set(segments.rstrip("]").split(",")) if segments else {name}
-    return found
+_TASK_TARGETS = ("qkv", "q", "k", "v", "proj", "mlp")
+
+
+def ta_lora(
+    *,
+    tasks: int,
+    rank: int = 32,
+    rank_task: int = 4,
+    scale: float = 0.5,
+    orthogonality: float = 1.0,
+    targets: tuple[str, ...] = ("qkv",),
+    first_block: int = 0,
+    norms: bool = True,
+    dropout: float = 0.1,
+) -> tuple[Rule, ...]:
+    """TA-LoRA: one low-rank tensor a layer, shared by the tasks (Wang, Ye and Zhang 2024)."""
+    config = TALoRA(tasks, rank, rank, rank_task, scale, dropout, orthogonality)
+    return _task_rules(config, targets, first_block, norms)
+
+
+def lora_stl(
+    *,
+    tasks: int,
+    rank: int = 32,
+    alpha: float | None = None,
+    targets: tuple[str, ...] = ("qkv",),
+    first_block: int = 0,
+    norms: bool = True,
+    dropout: float = 0.1,
+) -> tuple[Rule, ...]:
+    """A LoRA for each task, which TA-LoRA is compared with; norms, where they train, are shared."""
+    config = PerTask(LoRA(rank, alpha, dropout), tasks)
+    return _task_rules(config, targets, first_block, norms)
+
+
+def lora_hps(
+    *,
+    tasks: int,
+    rank: int = 32,
+    alpha: float | None = None,
+    targets: tuple[str, ...] = ("qkv",),
+    first_block: int = 0,
+    norms: bool = True,
+    dropout: float = 0.1,
+) -> tuple[Rule, ...]:
+    """One LoRA for all tasks (hard parameter sharing), which TA-LoRA is compared with."""
+    return _task_rules(LoRA(rank, alpha, dropout), targets, first_block, norms)
+
+
+def _task_rules(
+    config: Any, targets: tuple[str, ...], first_block: int, norms: bool
+) -> tuple[Rule, ...]:
+    """A method in the encoder's blocks from `first_block` on, and those blocks' norms."""
+    check_targets(targets, _TASK_TARGETS)
+    rules = linear_rules(config, targets)
+    rules += (Rule("image_encoder/**/{norm*,bn}/*", Train()),) if norms else ()
+    return tuple(dataclasses.replace(rule, first_block=first_block) for rule in rules)
 
 
 def _search_stages(*, operators: str = "", nodes: int = 1, **_: Any) -> tuple[str, ...]:
@@ -417,43 +348,6 @@ def _search_stages(*, operators: str = "", nodes: int = 1, **_: Any) -> tuple[st
     if not is_search(operators) and (nodes == 1 or "|" in operators):
         return ("1:weights+decoder",)
     return ("0.3:weights+decoder", "0.4:all", "0.3:weights+decoder")
-
-
-def _check_targets(targets: tuple[str, ...], known: tuple[str, ...]) -> None:
-    """Raises ValueError for a target that there is not, or for none."""
-    unknown = [name for name in targets if name not in known]
-    if unknown or not targets:
-        wrong = repr(unknown[0]) if unknown else "nothing"
-        raise ValueError(f"targets must name some of {', '.join(known)}, not {wrong}")
-
-
-def _linear_rules(config: Any, targets: tuple[str, ...], conv: Any = None) -> tuple[Rule, ...]:
-    """A method on linear layers: q, k, v and proj of attention, both layers of MLPs, the decoder's.
-
-    The target qkv is the fused projection as one, without segments. `conv`: what adapts the
-    encoder's convolutions, for the target conv. Raises ValueError for a target that there is not,
-    or for none.
-    """
-    if "conv" in targets and conv is None:
-        raise ValueError(
-            f"{type(config).__name__} is defined for linear layers alone: take conv from targets, "
-            "or use lora, rslora or lora_conv for convolutions"
-        )
-    convs = ("conv",) if conv else ()
-    _check_targets(targets, ("qkv", "q", "k", "v", "proj", "mlp", "decoder", *convs))
-    segments = [name for name in "qkv" if name in targets]
-    if segments and "qkv" in targets:
-        raise ValueError("the target qkv is all of q, k and v as one: name it without them")
-    patterns = {
-        "qkv": "image_encoder/**/attn/qkv",
-        "proj": "image_encoder/**/attn/proj",
-        "mlp": "image_encoder/**/mlp/*",
-        "decoder": "mask_decoder/transformer/**/{q_proj,v_proj}",
-    }
-    rules = [Rule(f"image_encoder/**/attn/qkv[{','.join(segments)}]", config)] if segments else []
-    rules += [Rule(pattern, config) for name, pattern in patterns.items() if name in targets]
-    rules += [_convolutions(conv)] if "conv" in targets else []
-    return tuple(rules)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -475,4 +369,7 @@ RECIPES: dict[str, Recipe] = {
     "conv_lora": Recipe(conv_lora, 3e-4),
     "nas_lora": Recipe(nas_lora, 3e-4, _search_stages),
     "nas_pc_lora": Recipe(nas_pc_lora, 3e-4, _search_stages),
+    "ta_lora": Recipe(ta_lora),
+    "lora_stl": Recipe(lora_stl),
+    "lora_hps": Recipe(lora_hps),
 }

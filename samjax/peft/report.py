@@ -35,7 +35,7 @@ class Report:
 
     total: int  # of the model itself
     adapter: int  # trainable, in adapter records
-    decoder: int  # trainable, in the mask decoder
+    decoder: int  # trainable, in the mask decoder or decoders, with the rows of dense tasks
     trainable: int
     lines: tuple[Line, ...]
 
@@ -79,7 +79,9 @@ def report(spec: PeftSpec, model: Sam) -> Report:
         for name, record in peft.get("shared", {}).items()
     }
     lines += [Line("shared", name, 1, count) for name, count in shared.items()]
-    decoder = sum(n for path, n in trained.items() if path.startswith("mask_decoder/"))
+    decoder = sum(
+        n for path, n in trained.items() if path.startswith(("mask_decoder", "no_mask_embed"))
+    )
     adapter = sum(records.values()) + sum(shared.values())
     return Report(
         total=sum(n for path, n in sizes.items() if path.rsplit("/", 1)[-1] not in BUFFERS),

@@ -77,6 +77,15 @@ def _candidates(
     rule: Rule, model: Sam, sites: dict[str, SiteInfo], blocks: list[str], leaves: list[str]
 ) -> list[str]:
     """The paths that a rule's pattern chooses from. Raises ValueError where there are none."""
+    if rule.first_block:
+        if not 0 < rule.first_block < len(blocks):
+            raise ValueError(
+                f"first_block is {rule.first_block}, and {model.config.name} has {len(blocks)} "
+                f"blocks; choose 0 to {len(blocks) - 1}"
+            )
+        early = tuple(f"{block}/" for block in blocks[: rule.first_block])
+        leaves = [path for path in leaves if not path.startswith(early)]
+        sites = {path: info for path, info in sites.items() if not path.startswith(early)}
     if rule.adapts:
         return [path for path, info in sites.items() if info.kind in rule.config.kinds]
     last = getattr(rule.config, "last", None)

@@ -26,6 +26,7 @@ from samjax.peft.houlsby import Houlsby
 from samjax.peft.lora import LoRA
 from samjax.peft.lora_conv import LoRAConv
 from samjax.peft.nas_lora import Collapsed, NASLoRA
+from samjax.peft.per_task import PerTask
 from samjax.peft.sam_parser import SAMParser
 from samjax.peft.ssf import SSF
 from samjax.peft.ta_lora import TALoRA
@@ -45,6 +46,7 @@ METHODS: dict[str, type[Method]] = {
     "nas_lora": NASLoRA,
     "collapsed": Collapsed,
     "ta_lora": TALoRA,
+    "per_task": PerTask,
 }
 
 
@@ -70,11 +72,12 @@ class Rule:
 
     With `Train` or `Freeze` the pattern matches paths of `params`' leaves; with a method it matches
     sites of the kinds that the method adapts, and may end in the segments of a fused projection:
-    `.../attn/qkv[q,v]`.
+    `.../attn/qkv[q,v]`. What lies in blocks of the encoder before `first_block` it does not match.
     """
 
     pattern: str
     config: Any
+    first_block: int = 0
 
     @property
     def adapts(self) -> bool:
@@ -90,7 +93,14 @@ class PeftSpec:
 
     def to_json(self) -> list[dict[str, Any]]:
         """A JSON-able list, one dict a rule; `from_json` is its inverse."""
-        return [{"pattern": r.pattern, **_encode(r.config)} for r in self.rules]
+        return [
+            {
+                "pattern": rule.pattern,
+                **({"first_block": rule.first_block} if rule.first_block else {}),
+                **_encode(rule.config),
+            }
+            for rule in self.rules
+        ]
 
     @staticmethod
     def from_json(data: Any) -> PeftSpec:
@@ -106,7 +116,8 @@ class PeftSpec:
                     raise TypeError(f"a rule is {type(entry).__name__}, not an object")
                 options = dict(entry)
                 pattern = _typed("pattern", options.pop("pattern"), str)
-                rules.append(Rule(pattern, _decode(options)))
+                first_block = _typed("first_block", options.pop("first_block", 0), int)
+                rules.append(Rule(pattern, _decode(options), first_block))
         except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"not a PEFT spec: {error}") from None
         return PeftSpec(tuple(rules))
@@ -121,13 +132,15 @@ _KINDS: dict[str, type] = {**METHODS, "train": Train, "freeze": Freeze}
 
 
 def _encode(config: Any) -> dict[str, Any]:
-    """The settings of a rule as JSON; a stack holds settings in its own."""
+    """The settings of a rule as JSON; some hold other methods' settings in their own."""
     kind = next(name for name, cls in _KINDS.items() if cls is type(config))
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return {
-        "kind": kind,
-        **{k: [_encode(m) for m in v] if isinstance(v, tuple) else v for k, v in fields.items()},
-    }
+    for name, value in fields.items():
+        if isinstance(value, tuple):
+            fields[name] = [_encode(method) for method in value]
+        elif isinstance(value, Method):
+            fields[name] = _encode(value)
+    return {"kind": kind, **fields}
 
 
 def _decode(data: dict[str, Any]) -> Any:
@@ -146,6 +159,8 @@ def _decode(data: dict[str, Any]) -> Any:
     options = {
         name: _decode_methods(name, value)
         if cls is Stack
+        else _decode_method(kind, value)
+        if types.get(name) is Method
         else _typed(f"{name} of {kind}", value, types.get(name, Any))
         for name, value in data.items()
         if name != "kind"
@@ -155,12 +170,21 @@ def _decode(data: dict[str, Any]) -> Any:
 
 def _decode_methods(name: str, value: Any) -> tuple[Any, ...]:
     """The methods of a stack, none of which is a stack."""
-    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+    if not isinstance(value, list):
         raise TypeError(f"{name} of stack is {type(value).__name__}, not a list of methods")
     for entry in value:
-        if entry.get("kind") in ("stack", "train", "freeze"):
-            raise TypeError(f"a stack holds {entry['kind']}, which is no method to stack")
-    return tuple(_decode(entry) for entry in value)
+        if isinstance(entry, dict) and entry.get("kind") == "stack":
+            raise TypeError("a stack holds stack, which is no method to stack")
+    return tuple(_decode_method("stack", entry) for entry in value)
+
+
+def _decode_method(kind: str, value: Any) -> Method:
+    """A method that the settings of another hold."""
+    if not isinstance(value, dict):
+        raise TypeError(f"{kind} holds {type(value).__name__}, not a method")
+    if value.get("kind") in ("per_task", "train", "freeze"):
+        raise TypeError(f"a {kind} holds {value['kind']}, which is no method to hold")
+    return _decode(value)
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:

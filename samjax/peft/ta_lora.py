@@ -17,6 +17,7 @@ which the regularisation draws them anyway, and an update has LoRA's size.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -51,6 +52,7 @@ class TALoRADelta(Additive):
     scale: Any = field(BUFFER)  # ()
     segments: tuple[str, ...] = static()
     dropout: float = static(0.0)
+    orthogonality: float = static(0.0)
 
     def update(self, site: Site, x: Float[Array, "*b c"], ctx: Context) -> Float[Array, "*b d"]:
         """scale * x U1 M_t U2^T of the context's task. Raises ValueError without a task."""
@@ -78,7 +80,7 @@ class TALoRADelta(Additive):
         parts = jnp.matmul(low, self.u2.astype(jnp.float32), precision=high)
         return join_segments(info, self.segments, list(parts))
 
-    def orthogonality(self) -> list[Any]:
+    def departures(self) -> list[Any]:
         """Distances (Frobenius) of U1^T U1, U2^T U2 and each slice's G_v^T G_v from the identity.
 
         The terms of the successor's regularisation.
@@ -101,9 +103,11 @@ class TALoRA(Method):
 
     `tasks`: how many there are; `rank_in`, `rank_out`, `rank_task`: the sides of the core;
     `scale` of the update; `dropout`: probability with which an input of U1 is zeroed in training;
-    `init_scale`: "scaled" or "normal", see above.
+    `orthogonality`: weight of the regularisation in the loss; `init_scale`: "scaled" or "normal",
+    see above.
 
-    Raises ValueError for a count below 1, a scale that is not positive, a dropout outside [0, 1).
+    Raises ValueError for a count below 1, a scale that is not positive, a negative weight, and a
+    dropout outside [0, 1).
     """
 
     tasks: int
@@ -112,10 +116,15 @@ class TALoRA(Method):
     rank_task: int = 4
     scale: float = 0.5
     dropout: float = 0.0
+    orthogonality: float = 1.0
     init_scale: str = "scaled"
 
     def __post_init__(self) -> None:
         check_settings(self, ["tasks", "rank_in", "rank_out", "rank_task"], ["scale"])
+        if not 0 <= self.orthogonality < math.inf:
+            raise ValueError(
+                f"TALoRA: orthogonality must not be negative, but is {self.orthogonality}"
+            )
         if self.init_scale not in ("scaled", "normal"):
             raise ValueError(
                 f"TALoRA: init_scale must be scaled or normal, not {self.init_scale!r}"
@@ -139,18 +148,22 @@ class TALoRA(Method):
             scale=jnp.float32(self.scale),
             segments=segments,
             dropout=self.dropout,
+            orthogonality=self.orthogonality,
         )
 
 
-def orthogonality(peft: Any) -> Float[Array, ""]:
-    """The mean over all layers' terms (`TALoRADelta.orthogonality`); 0 without TA-LoRA."""
+def orthogonality(peft: Any) -> Float[Array, ""] | None:
+    """The regularisation: the mean over all layers' `TALoRADelta.departures`, each by its weight.
+
+    None without TA-LoRA.
+    """
     from samjax.peft.trees import deltas
 
     terms = [
-        term
+        part.orthogonality * term
         for delta in deltas(peft).values()
         for part in getattr(delta, "deltas", (delta,))
         if isinstance(part, TALoRADelta)
-        for term in part.orthogonality()
+        for term in part.departures()
     ]
-    return jnp.mean(jnp.stack(terms)) if terms else jnp.zeros(())
+    return jnp.mean(jnp.stack(terms)) if terms else None

@@ -41,19 +41,20 @@ class Checkpoints:
     """The newest checkpoints of a run folder and the best one, each whole or absent.
 
     What a validation measured lies in the checkpoint of its step, so that the two cannot come
-    apart. The best is the highest `metric`, and of several such the first.
+    apart. The best has the highest `metric`, or the lowest where less is better; of several such it
+    is the first.
 
     Each carries a sealed record: the hash of its leaves, what a validation measured, and which
     checkpoint was the best then. So damage to the newest or to the best is known: ValueError, here
     or from `restore`. Others are not looked at, since a kill leaves some half deleted.
     """
 
-    def __init__(self, directory: Path, metric: str = "dice") -> None:
+    def __init__(self, directory: Path, metric: str = "dice", more_is_better: bool = True) -> None:
         from orbax.checkpoint import v1 as ocp
 
         self._directory = directory.absolute()
         self._failed = False
-        self._records = _Records(metric)
+        self._records = _Records(metric, more_is_better)
         unread = self._read_records()
 
         def start() -> Any:
@@ -190,8 +191,9 @@ class Checkpoints:
 class _Records:
     """What each checkpoint says of itself, by step."""
 
-    def __init__(self, metric: str) -> None:
+    def __init__(self, metric: str, more_is_better: bool) -> None:
         self._metric = metric
+        self._sign = 1 if more_is_better else -1
         self._of: dict[int, dict[str, Any]] = {}
 
     def add(self, step: int, sha256: str, metrics: dict[str, float] | None) -> dict[str, Any]:
@@ -214,7 +216,7 @@ class _Records:
         measured = [step for step, values in metrics.items() if values]
         if not measured:
             return None
-        step = max(measured, key=lambda step: (metrics[step][self._metric], -step))
+        step = max(measured, key=lambda step: (self._sign * metrics[step][self._metric], -step))
         return Best(step, dict(metrics[step]))
 
     def best_step(self, step: int) -> int | None:

@@ -7,8 +7,6 @@ from typing import Any
 
 import jax
 
-MODEL_INPUTS = ("image", "input_size", "mask", "coords", "labels")
-
 
 class Feed:
     """Holds the next batch, which is read and sent to the device while a step computes."""
@@ -26,8 +24,8 @@ class Feed:
             self._ahead = error
             return
         if batch is not None:
-            inputs = jax.device_put({key: batch[key] for key in MODEL_INPUTS})
-            self._ahead = inputs, [int(index) for index in batch["index"]]
+            indices = batch.pop("index")
+            self._ahead = jax.device_put(batch), [int(index) for index in indices]
 
     def take(self) -> tuple[dict[str, Any], list[int]]:
         """The next batch's inputs on the device, and the positions of its images in the source.

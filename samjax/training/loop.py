@@ -15,11 +15,12 @@ from rich.console import Console
 
 from samjax import peft as peft_lib
 from samjax.config import Config
-from samjax.data.pipeline import batches_from, train_batches
+from samjax.data.pipeline import batches_from
 from samjax.data.sources import Dataset
 from samjax.files import read_record, write_json
 from samjax.models import Sam
 from samjax.peft.delta import UNTRAINED
+from samjax.problems import problem_of
 from samjax.terminal import Interrupted, progress_bar
 from samjax.training import memory
 from samjax.training.checkpoint import Best, Checkpoints
@@ -77,7 +78,7 @@ def fit(
     trainer = prepare(config, model, spec, base, steps)
     state, frozen = trainer.state, trainer.frozen
     with (
-        contextlib.closing(Checkpoints(out / "checkpoints", config.best_metric)) as checkpoints,
+        contextlib.closing(Checkpoints(out / "checkpoints", *config.best)) as checkpoints,
         progress_bar(console) as bar,
         StopRequest() as stop,
     ):
@@ -96,7 +97,7 @@ def fit(
             begins = span is None or step == span.stop
             if begins:
                 span = next(span for span in trainer.spans if step < span.stop)
-                dataset = _dataset(config, model, source, span.stage)
+                dataset = problem_of(config).batches(model, source, split=span.stage.split)
                 feed = Feed(batches_from(dataset, step, span.stop))
             inputs, images = _take(feed, source, checkpoints, state)
             if begins:
@@ -138,7 +139,7 @@ def fit(
                     metrics = validate(peft_lib.combine(state.train, frozen))
                     values |= {f"val_{key}": value for key, value in metrics.items()}
                 log.write(step, values)
-                bar.update(task, note=_note(values))
+                bar.update(task, note=_note(values, config.best[0]))
                 if saves:
                     # States of earlier stages are not yet what the run is after.
                     checkpoints.save(state, metrics if span.stop == steps else None)
@@ -193,8 +194,7 @@ def prepare(config: Config, model: Sam, spec: peft_lib.PeftSpec, base: Any, step
         return make_train_step(
             model,
             optimizer(stage),
-            loss=config.loss,
-            corrective_points=config.prompts.corrective_points,
+            objective=problem_of(config).objective,
             seed=config.seed,
             accumulate=config.accumulate,
             labels=labels,
@@ -222,19 +222,6 @@ def _note_memory(file: Path, needs: memory.StepMemory) -> None:
     known = read_record(file, "delete it")["bytes"] if file.is_file() else 0
     if needs.bytes >= known:
         write_json(file, dataclasses.asdict(needs))
-
-
-def _dataset(config: Config, model: Sam, source: Dataset, stage: Stage) -> Any:
-    """The batches of a stage."""
-    return train_batches(
-        source,
-        frame=model.config.frame,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        prompts=config.prompts,
-        augment=config.augment,
-        split=stage.split,
-    )
 
 
 def _announce(number: int, stages: list[Span]) -> str:
@@ -270,8 +257,8 @@ def _out_of_patience(config: Config, best: Best | None, step: int) -> bool:
     return step // config.validate_every - best.step // config.validate_every >= config.patience
 
 
-def _note(values: dict[str, float]) -> str:
-    shown = {"loss": "loss", "val_dice": "validation Dice"}
+def _note(values: dict[str, float], metric: str) -> str:
+    shown = {"loss": "loss", f"val_{metric}": f"validation {metric}"}
     return ", ".join(f"{text} {values[key]:.4f}" for key, text in shown.items() if key in values)
 
 

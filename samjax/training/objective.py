@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +16,26 @@ from samjax.training.corrections import corrective_point, make_room, put_point
 from samjax.training.losses import LossConfig, mask_loss, multimask_loss
 
 
-def objective(
-    model: Sam,
-    variables: Any,
-    batch: dict[str, Any],
-    rng: Any,
-    config: LossConfig,
-    corrective_points: int = 0,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The loss of a batch, and its terms before their weights.
+Loss = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
 
-    `batch` is that of `samjax.training.step.make_train_step` with `key` (b,), a PRNG key for each
-    image's points; `rng` is that of stochastic adapters, None for none.
+
+class Objective(Protocol):
+    """What a training step minimises."""
+
+    def __call__(self, model: Any, variables: Any, batch: dict[str, Any], rng: Any) -> Loss:
+        """The loss of a batch, and its terms before their weights.
+
+        `batch` is a batch of training with `key` (b,), a PRNG key for each image; `rng` is that of
+        stochastic adapters, None for none.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskObjective:
+    """Masks from prompts.
+
+    `batch`: image (b, fh, fw, 3) uint8, input_size (b, 2), mask (b, h, w) bool, which covers the
+    frame at any resolution, coords (b, n, 2) and labels (b, n) of `Prompts`.
 
     The first round takes the batch's prompts. Each of `corrective_points` more adds a point where
     the last prediction is wrong, gives its logits as mask prompt and decodes again. The loss of
@@ -36,61 +45,73 @@ def objective(
     What adapters add to the loss is the term `adapter_loss`: those of the encoder once, others as
     the mean over all rounds.
     """
-    frame, truth = batch["image"].shape[1:3], batch["mask"]
-    valid = valid_pixels(batch["input_size"], frame, truth.shape[1:])
-    embeddings, added = model.apply(
-        variables,
-        batch["image"],
-        batch["input_size"],
-        Context(rng=rng),
-        method="encode",
-        mutable=["losses"],
-    )
 
-    def decode(prompts: Prompts, key: Any) -> tuple[Any, Any, tuple[Any, dict[str, Any]]]:
-        (logits, iou), added = model.apply(
-            variables, embeddings, prompts, Context(rng=key), method="decode", mutable=["losses"]
+    loss: LossConfig = LossConfig()
+    corrective_points: int = 0
+
+    def __call__(self, model: Sam, variables: Any, batch: dict[str, Any], rng: Any) -> Loss:
+        """See above; `Objective` has the arguments."""
+        frame, truth = batch["image"].shape[1:3], batch["mask"]
+        valid = valid_pixels(batch["input_size"], frame, truth.shape[1:])
+        embeddings, added = model.apply(
+            variables,
+            batch["image"],
+            batch["input_size"],
+            Context(rng=rng),
+            method="encode",
+            mutable=["losses"],
         )
-        found = mask_loss(logits[:, 0], iou[:, 0], truth, valid, config)
-        return logits, iou, _with_added(*found, added)
 
-    logits, iou, (loss, terms) = decode(Prompts(batch["coords"], batch["labels"]), rng)
+        def decode(prompts: Prompts, key: Any) -> tuple[Any, Any, tuple[Any, dict[str, Any]]]:
+            (logits, iou), added = model.apply(
+                variables,
+                embeddings,
+                prompts,
+                Context(rng=key),
+                method="decode",
+                mutable=["losses"],
+            )
+            found = mask_loss(logits[:, 0], iou[:, 0], truth, valid, self.loss)
+            return logits, iou, with_added(*found, added)
 
-    if corrective_points:
-        coords, labels = make_room(batch["coords"], batch["labels"], corrective_points)
-        first_slot = batch["labels"].shape[1]
+        logits, iou, (loss, terms) = decode(Prompts(batch["coords"], batch["labels"]), rng)
 
-        def correct(carry: tuple[Any, Any, Any], index: Any) -> tuple[Any, Any]:
-            coords, labels, low_res = carry
-            predicted = upsample(low_res, truth.shape[1:]) > MASK_THRESHOLD
-            keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(batch["key"], index)
-            points = jax.vmap(lambda *image: corrective_point(*image, frame))
-            new = points(keys, predicted, truth, valid)
-            coords, labels = put_point(coords, labels, first_slot + index, *new)
-            key = None if rng is None else jax.random.fold_in(rng, index)
-            logits, _, found = decode(Prompts(coords, labels, low_res), key)
-            return (coords, labels, jax.lax.stop_gradient(logits[:, 0])), found
+        if self.corrective_points:
+            coords, labels = make_room(batch["coords"], batch["labels"], self.corrective_points)
+            first_slot = batch["labels"].shape[1]
 
-        start = (coords, labels, jax.lax.stop_gradient(logits[:, 0]))
-        # A scan compiles one decoder for all rounds, and needs no barriers that keep the compiler
-        # from undoing the recomputation.
-        body = jax.checkpoint(correct, prevent_cse=False)
-        _, (losses, later) = jax.lax.scan(body, start, jnp.arange(corrective_points))
+            def correct(carry: tuple[Any, Any, Any], index: Any) -> tuple[Any, Any]:
+                coords, labels, low_res = carry
+                predicted = upsample(low_res, truth.shape[1:]) > MASK_THRESHOLD
+                keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(batch["key"], index)
+                points = jax.vmap(lambda *image: corrective_point(*image, frame))
+                new = points(keys, predicted, truth, valid)
+                coords, labels = put_point(coords, labels, first_slot + index, *new)
+                key = None if rng is None else jax.random.fold_in(rng, index)
+                logits, _, found = decode(Prompts(coords, labels, low_res), key)
+                return (coords, labels, jax.lax.stop_gradient(logits[:, 0])), found
 
-        def mean(first: Any, others: Any) -> Any:
-            return (first + jnp.sum(others)) / (corrective_points + 1)
+            start = (coords, labels, jax.lax.stop_gradient(logits[:, 0]))
+            # A scan compiles one decoder for all rounds, and needs no barriers that keep the
+            # compiler from undoing the recomputation.
+            body = jax.checkpoint(correct, prevent_cse=False)
+            _, (losses, later) = jax.lax.scan(body, start, jnp.arange(self.corrective_points))
 
-        loss = mean(loss, losses)
-        # The first round has no mask prompt, so that adapters of its layers add to later ones only.
-        terms = {k: mean(terms.get(k, 0.0), others) for k, others in later.items()}
+            def mean(first: Any, others: Any) -> Any:
+                return (first + jnp.sum(others)) / (self.corrective_points + 1)
 
-    if config.multimask:
-        multimask = multimask_loss(logits[:, 1:], iou[:, 1:], truth, valid, config)
-        loss, terms = loss + multimask, {**terms, "multimask_loss": multimask}
-    return _with_added(loss, terms, added)
+            loss = mean(loss, losses)
+            # The first round has no mask prompt, so that adapters of its layers add to later ones
+            # only.
+            terms = {k: mean(terms.get(k, 0.0), others) for k, others in later.items()}
+
+        if self.loss.multimask:
+            multimask = multimask_loss(logits[:, 1:], iou[:, 1:], truth, valid, self.loss)
+            loss, terms = loss + multimask, {**terms, "multimask_loss": multimask}
+        return with_added(loss, terms, added)
 
 
-def _with_added(loss: Any, terms: dict[str, Any], added: Any) -> tuple[Any, dict[str, Any]]:
+def with_added(loss: Any, terms: dict[str, Any], added: Any) -> tuple[Any, dict[str, Any]]:
     """A loss and its terms with what adapters added to the `losses` collection in a pass."""
     losses = jax.tree.leaves(added)
     if not losses:

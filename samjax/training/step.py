@@ -22,11 +22,10 @@ from samjax.models import Sam
 from samjax.peft.delta import ARCH, UNTRAINED, is_record
 from samjax.peft.recipes import DECODER_LEARNING_RATE
 from samjax.peft.trees import combine
-from samjax.training.losses import LossConfig
-from samjax.training.objective import objective
+from samjax.training.objective import MaskObjective, Objective
 from samjax.training.stages import Stage
 
-_BCE_DICE = LossConfig()
+_BCE_DICE = MaskObjective()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +151,7 @@ def make_train_step(
     model: Sam,
     optimizer: optax.GradientTransformation,
     *,
-    loss: LossConfig = _BCE_DICE,
-    corrective_points: int = 0,
+    objective: Objective = _BCE_DICE,
     seed: int = 0,
     accumulate: int = 1,
     labels: Any = None,
@@ -161,11 +159,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Any, dict[str, Any]], tuple[TrainState, dict[str, Any]]]:
     """`step(state, frozen, batch) -> (state, logs)`, compiled; the old state's buffers are reused.
 
-    `batch`: image (b, fh, fw, 3) uint8, input_size (b, 2), mask (b, h, w) bool, which covers the
-    frame at any resolution, coords (b, n, 2) and labels (b, n) of `Prompts`. Rounds of
-    `corrective_points` follow those prompts; see `samjax.training.objective`. With `accumulate` k
-    the batch is cut into k parts whose gradients are averaged before one update: the memory of
-    b / k images.
+    `batch` is that of the `objective`. With `accumulate` k it is cut into k parts whose gradients
+    are averaged before one update: the memory of b / k images.
 
     In a `stage` the gradient is taken in its groups alone, by the tree of `labels`. Where the stage
     keeps halves of the data apart, rows of the batch come from one and the other in turn: the loss
@@ -197,7 +192,7 @@ def make_train_step(
                 train = jax.tree.map(
                     lambda name, x: x if name in groups else jax.lax.stop_gradient(x), labels, train
                 )
-            return objective(model, combine(train, frozen), batch, rng, loss, corrective_points)
+            return objective(model, combine(train, frozen), batch, rng)
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         if accumulate == 1:
@@ -221,7 +216,7 @@ def make_train_step(
 
     def step(state: TrainState, frozen: Any, batch: dict[str, Any]) -> tuple[TrainState, Any]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        batch = {**batch, "key": image_keys(rng, batch["labels"].shape[0])}
+        batch = {**batch, "key": image_keys(rng, batch["image"].shape[0])}
         (value, terms), grads = gradients(state.train, frozen, batch, rng)
         norm = optax.tree.norm(grads)
         bad_leaf = first_bad([value, *jax.tree.leaves(grads), norm])

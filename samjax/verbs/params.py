@@ -9,7 +9,8 @@ import tyro
 from rich.console import Console
 
 from samjax.arguments import Outcome, parse
-from samjax.peft.recipes import RECIPES, MethodConfig
+from samjax.peft.method_config import MethodConfig
+from samjax.peft.recipes import RECIPES
 
 
 @dataclasses.dataclass(frozen=True)

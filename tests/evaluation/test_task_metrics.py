@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from samjax.evaluation.task_metrics import add, measure, relative_gain, summarize
-from samjax.tasks import NYUV2, find
+from samjax.tasks import NYUV2, Task, find
 
 RNG = np.random.default_rng(0)
+EDGES = Task("edges", 1, "balanced_bce")
 SHAPE = (2, 12, 10)
 
 
@@ -22,6 +23,11 @@ def batches(task, count=3):
             maps[:, -1] = -99  # a class that nothing has
             yield maps.astype(np.float32), np.where(counts, truth, -1).astype(np.int32)
             continue
+        if task.loss == "balanced_bce":
+            truth = RNG.integers(0, 2, SHAPE)
+            maps += 1.5 * truth[:, None] - 1
+            yield maps.astype(np.float32), np.where(counts, truth, -1).astype(np.int32)
+            continue
         truth = RNG.normal(size=maps.shape)
         truth = np.abs(truth) + 0.2 if task.channels == 1 else truth
         if task.channels == 3:
@@ -33,9 +39,10 @@ def batches(task, count=3):
 def pixels(task, data):
     """Predictions and truths of all pixels that count, (pixels, channels), in float64."""
     maps = np.concatenate([np.moveaxis(m, 1, -1).reshape(-1, task.channels) for m, _ in data])
-    if task.loss == "cross_entropy":
+    if task.loss in ("cross_entropy", "balanced_bce"):
         truth = np.concatenate([t.ravel() for _, t in data])
-        return maps[truth != -1].argmax(-1), truth[truth != -1]
+        own = maps.argmax(-1) if task.channels > 1 else 1 / (1 + np.exp(-maps[:, 0]))
+        return own[truth != -1], truth[truth != -1]
     truth = np.concatenate([np.moveaxis(t, 1, -1).reshape(-1, task.channels) for _, t in data])
     known = truth.any(-1)
     return maps[known].astype(np.float64), truth[known].astype(np.float64)
@@ -50,6 +57,14 @@ def expected(task, data):
             ious += [both / either] if either else []
         assert len(ious) == task.channels - 1
         return {"miou": np.mean(ious), "pixel_accuracy": (ours == truth).mean()}
+    if task.loss == "balanced_bce":
+        scores = []
+        for level in range(256):
+            found = np.floor(ours * 256) >= level
+            scores.append(2 * (found & (truth == 1)).sum() / (found.sum() + truth.sum()))
+        found = ours >= 0.5
+        both, either = (found & (truth == 1)).sum(), (found | (truth == 1)).sum()
+        return {"max_f": max(scores), "iou": both / either}
     if task.loss == "masked_l1":
         error = np.abs(ours - truth)
         return {"absolute_error": error.mean(), "relative_error": (error / truth).mean()}
@@ -62,7 +77,7 @@ def expected(task, data):
     }
 
 
-@pytest.mark.parametrize("task", NYUV2, ids=lambda task: task.name)
+@pytest.mark.parametrize("task", (*NYUV2, EDGES), ids=lambda task: task.name)
 def test_metrics_are_those_of_all_pixels(task):
     data = list(batches(task))
     counts = None
@@ -88,10 +103,10 @@ def test_the_median_is_of_pixels():
 
 
 def test_nothing_known_is_nan():
-    for task in NYUV2:
+    for task in (*NYUV2, EDGES):
         maps = np.zeros((1, task.channels, 4, 4), np.float32)
         truth = np.zeros_like(maps)
-        if task.loss == "cross_entropy":
+        if task.loss in ("cross_entropy", "balanced_bce"):
             truth = np.full((1, 4, 4), -1, np.int32)
         counts = add(None, measure(task, jnp.asarray(maps), jnp.asarray(truth)))
         assert all(np.isnan(value) for value in summarize(task, counts).values())

@@ -10,14 +10,16 @@ from samjax.models.msam import MSam, msam_params
 from samjax.nn import Context
 from samjax.peft import PeftSpec, Rule
 from samjax.peft.ta_lora import TALoRA
+from samjax.tasks import parse
 
-CHANNELS = (("segmentation", 3), ("depth", 1), ("normals", 3))
+TASKS = parse(["segmentation:3:cross_entropy", "depth:1:masked_l1", "normals:3:cosine"])
+CHANNELS = [(task.name, task.channels) for task in TASKS]
 RNG = np.random.default_rng(0)
 
 
 @pytest.fixture(scope="module")
 def model(small_config):
-    return MSam(small_config, channels=CHANNELS)
+    return MSam(small_config, tasks=TASKS)
 
 
 @pytest.fixture(scope="module")

@@ -71,10 +71,12 @@ def test_orthogonality_is_its_formula():
     u1, u2 = np.float64(delta.u1), np.concatenate([np.float64(part).T for part in delta.u2])
     slices = [np.float64(delta.core)[..., v] for v in range(2)]
     expected = [np.linalg.norm(a.T @ a - np.eye(a.shape[1])) for a in (u1, u2, *slices)]
-    np.testing.assert_allclose(delta.orthogonality(), expected, rtol=1e-5)
+    np.testing.assert_allclose(delta.departures(), expected, rtol=1e-5)
     tree = {"a": {"delta": delta}, "b": {"delta": delta}}
     np.testing.assert_allclose(orthogonality(tree), np.mean(expected), rtol=1e-5)
-    assert float(orthogonality({})) == 0
+    assert orthogonality({}) is None
+    half = {"a": {"delta": delta.replace(orthogonality=0.5)}}
+    np.testing.assert_allclose(orthogonality(half), np.mean(expected) / 2, rtol=1e-5)
 
 
 def test_its_gradient_is_finite_where_the_core_is_zero():
@@ -107,6 +109,7 @@ def test_without_a_task_it_says_so():
         ({"tasks": 2, "scale": 0.0}, "scale must be positive"),
         ({"tasks": 2, "init_scale": "x"}, "init_scale must be scaled or normal"),
         ({"tasks": 2, "dropout": 1.0}, "dropout must be in"),
+        ({"tasks": 2, "orthogonality": -1.0}, "orthogonality must not be negative"),
     ],
 )
 def test_bad_settings(settings, message):

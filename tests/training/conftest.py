@@ -12,7 +12,7 @@ from samjax.weights import save_checkpoint
 EXPERIMENT = """
 from samjax.config import Config
 from samjax.data.prompts import PromptConfig
-from samjax.peft.recipes import MethodConfig
+from samjax.peft.method_config import MethodConfig
 
 def config():
     return Config(

@@ -9,7 +9,7 @@ import pytest
 
 from samjax import peft
 from samjax.models import MODELS, Sam
-from samjax.peft.recipes import MethodConfig
+from samjax.peft.method_config import MethodConfig
 from samjax.training import memory
 from samjax.training.step import (
     OptimizerConfig,

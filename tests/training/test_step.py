@@ -19,7 +19,7 @@ from samjax.peft.delta import Delta, field
 from samjax.preprocess import inside, upsample
 from samjax.training.corrections import corrective_point, make_room, put_point, sample_pixel
 from samjax.training.losses import LossConfig, mask_loss, multimask_loss
-from samjax.training.objective import objective, valid_pixels
+from samjax.training.objective import MaskObjective, valid_pixels
 from samjax.training.step import (
     OptimizerConfig,
     finite_names,
@@ -94,7 +94,7 @@ def full_step(model, variables):
     """Every option at once: compiled once for the tests that share it."""
     _, _, optimizer = start(model, variables)
     return make_train_step(
-        model, optimizer, loss=LOSS, corrective_points=ROUNDS, seed=5, accumulate=1
+        model, optimizer, objective=MaskObjective(LOSS, ROUNDS), seed=5, accumulate=1
     )
 
 
@@ -240,7 +240,7 @@ def test_parts_of_a_batch_draw_the_points_of_the_whole(full_step, model, variabl
     inputs = batch()
     state, frozen, optimizer = start(model, variables)
     parts = make_train_step(
-        model, optimizer, loss=LOSS, corrective_points=ROUNDS, seed=5, accumulate=3
+        model, optimizer, objective=MaskObjective(LOSS, ROUNDS), seed=5, accumulate=3
     )
     in_parts, logs_in_parts = parts(state, frozen, inputs)
     state, _, _ = start(model, variables)
@@ -271,7 +271,7 @@ def test_without_corrections_the_loss_is_that_of_one_forward_pass(model, variabl
         return mask_loss(logits[:, 0], iou[:, 0], inputs["mask"], valid, LossConfig())
 
     expected = jax.jit(loss)(variables)
-    ours = jax.jit(lambda v: objective(model, v, inputs, None, LossConfig()))(variables)
+    ours = jax.jit(lambda v: MaskObjective(LossConfig())(model, v, inputs, None))(variables)
     assert_same_bits(ours, expected)
 
 
@@ -281,7 +281,7 @@ def test_multimask_trains_the_hypernetwork_of_the_best_mask_only(model, variable
 
     def loss(hypernetworks):
         params = {**variables["params"], "mask_decoder": {**head, **hypernetworks}}
-        return objective(model, {"params": params}, inputs, None, LossConfig(multimask=True))
+        return MaskObjective(LossConfig(multimask=True))(model, {"params": params}, inputs, None)
 
     names = [f"output_hypernetworks_mlps_{i}" for i in range(4)]
     gradients, terms = jax.jit(jax.grad(loss, has_aux=True))({name: head[name] for name in names})
@@ -322,7 +322,7 @@ def test_no_site_loses_what_its_adapter_adds_to_the_loss(model, variables, round
     @jax.jit
     def terms(tree):
         both = {"params": variables["params"], "peft": tree}
-        return objective(model, both, inputs, jax.random.key(0), LOSS, rounds)
+        return MaskObjective(LOSS, rounds)(model, both, inputs, jax.random.key(0))
 
     loss, parts = terms(unflatten_dict(records))
     plain, without = terms({})

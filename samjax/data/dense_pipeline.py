@@ -1,0 +1,98 @@
+"""From a source of dense samples to batches of model input, for training and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from samjax.data.dense import DenseSample
+from samjax.data.dense_augment import DenseAugmentConfig, augment_dense
+from samjax.data.pipeline import Batch, one_pass, training_stream
+from samjax.preprocess import Frame, prepare_image
+from samjax.tasks import CLASSES, IGNORE, Task
+
+
+class DenseSource(Protocol):
+    """Anything that holds a fixed number of dense samples and reads them by position."""
+
+    def __len__(self) -> int:
+        """The number of samples."""
+
+    def __getitem__(self, index: int) -> DenseSample:
+        """The sample at a position. Raises ValueError, naming the file, where it cannot be had."""
+
+
+def dense_train_batches(
+    source: DenseSource,
+    tasks: Sequence[Task],
+    *,
+    frame: Frame,
+    augment: DenseAugmentConfig,
+    **stream: Any,
+) -> grain.MapDataset:
+    """The endless stream of training batches; element i is the batch of step i.
+
+    Each is a dict of numpy arrays with a leading batch axis: image (fh, fw, 3) uint8 and input_size
+    (2,) int32 as `samjax.preprocess.prepare_image` gives them, truth, a dict of what
+    `prepare_truth` gives for each task, and index () int32. `stream` are the other arguments of
+    `samjax.data.pipeline.training_stream`.
+    """
+
+    def load(index: int, rng: np.random.Generator) -> Batch:
+        sample = augment_dense(rng, source[index], tasks, augment)
+        image, input_size = prepare_image(sample.image, frame)
+        truth = {task.name: prepare_truth(task, sample.truth[task.name], frame) for task in tasks}
+        return {"image": image, "input_size": input_size, "truth": truth}
+
+    return training_stream(load, source, **stream)
+
+
+def dense_eval_batches(
+    source: DenseSource, *, frame: Frame, batch_size: int
+) -> Iterator[dict[str, Any]]:
+    """One pass over the source in order, without randomness.
+
+    Each batch has image and input_size as in training, and what
+    `samjax.data.pipeline.one_pass` adds; truths are `DenseSample.truth`.
+    """
+
+    def load(index: int) -> Batch:
+        sample = source[index]
+        image, input_size = prepare_image(sample.image, frame)
+        truth = sample.truth
+        return {"image": image, "input_size": input_size, "truth": truth, "name": sample.name}
+
+    return one_pass(load, source, batch_size)
+
+
+def prepare_truth(task: Task, truth: np.ndarray, frame: Frame) -> np.ndarray:
+    """A truth on the padded input, resized as the image with nearest neighbour.
+
+    Of losses of `samjax.tasks.CLASSES` (fh, fw) int32, else (channels, fh, fw) float32; the padding
+    does not count.
+    """
+    height, width = truth.shape[:2]
+    to = frame.resized_shape(height, width)
+    if to != (height, width):
+        truth = truth[np.ix_(*(_nearest(n, m) for n, m in zip(to, (height, width), strict=True)))]
+    return place_truth(task, truth, frame.shape)
+
+
+def place_truth(task: Task, truth: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """A truth, with its channels before its pixels, in the upper left corner of `shape`."""
+    height, width = truth.shape[:2]
+    if task.loss in CLASSES:
+        placed = np.full(shape, IGNORE, np.int32)
+        placed[:height, :width] = truth
+    else:
+        placed = np.zeros((task.channels, *shape), np.float32)
+        placed[:, :height, :width] = np.moveaxis(truth, -1, 0)
+    return placed
+
+
+def _nearest(count: int, of: int) -> np.ndarray:
+    """The pixel of `of` that the centre of each of `count` lies in."""
+    return ((np.arange(count) + 0.5) * of / count).astype(int)
