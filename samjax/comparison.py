@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from samjax.config import Config
-from samjax.problems import problem_of
 from samjax.files import write_beside, write_json
+from samjax.problems import problem_of
 from samjax.terminal import print_wide
 from samjax.training.memory import gigabytes
 

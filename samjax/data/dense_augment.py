@@ -11,7 +11,6 @@ from PIL import Image
 from samjax.data.dense import DenseSample
 from samjax.tasks import Task
 
-
 # Tasks whose numbers are the larger, the nearer something is.
 INVERSE = ("disparity",)
 

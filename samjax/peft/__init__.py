@@ -12,8 +12,8 @@ from samjax.peft.houlsby import Houlsby
 from samjax.peft.io import Adapter, apply, describe, load, read, records, save
 from samjax.peft.lora import LoRA
 from samjax.peft.lora_conv import LoRAConv
-from samjax.peft.nas_lora import NASLoRA
 from samjax.peft.method_config import MethodConfig
+from samjax.peft.nas_lora import NASLoRA
 from samjax.peft.recipes import RECIPES
 from samjax.peft.report import Report, report
 from samjax.peft.sam_parser import SAMParser

@@ -21,8 +21,8 @@ from samjax.peft.houlsby import Houlsby
 from samjax.peft.lora import LoRA
 from samjax.peft.lora_conv import LoRAConv
 from samjax.peft.nas_lora import NASLoRA
-from samjax.peft.sam_parser import SAMParser
 from samjax.peft.per_task import PerTask
+from samjax.peft.sam_parser import SAMParser
 from samjax.peft.spec import Freeze, Rule, Train
 from samjax.peft.ssf import SSF
 from samjax.peft.ta_lora import TALoRA

@@ -12,13 +12,13 @@ import numpy as np
 from PIL import Image
 
 from samjax.config import Config
+from samjax.data.chosen import Chosen
 from samjax.data.dense import open_dense
 from samjax.data.dense_pipeline import DenseSource, dense_eval_batches, dense_train_batches
 from samjax.data.sources import Dataset
 from samjax.data.walk import Track, untracked
 from samjax.evaluation.evaluate import Evaluation
 from samjax.evaluation.evaluate_tasks import evaluate_tasks, titles
-from samjax.data.chosen import Chosen
 from samjax.models import MSam, Sam
 from samjax.models.msam import msam_params
 from samjax.tasks import Task

@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image
 
 from samjax.config import Config
+from samjax.data.chosen import Chosen
 from samjax.data.pipeline import eval_batches, train_batches
 from samjax.data.sources import Dataset, Source, open_source
 from samjax.data.walk import Track, untracked
 from samjax.evaluation.evaluate import Evaluation, evaluate
-from samjax.data.chosen import Chosen
 from samjax.evaluation.metrics import TITLES
 from samjax.models import Sam
 from samjax.training.objective import MaskObjective

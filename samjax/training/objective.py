@@ -15,7 +15,6 @@ from samjax.preprocess import MASK_THRESHOLD, upsample
 from samjax.training.corrections import corrective_point, make_room, put_point
 from samjax.training.losses import LossConfig, mask_loss, multimask_loss
 
-
 Loss = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
 
 
