@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -15,6 +15,7 @@ from samjax.preprocess import Frame, prepare_image
 from samjax.tasks import CLASSES, IGNORE, Task
 
 
+@runtime_checkable
 class DenseSource(Protocol):
     """Anything that holds a fixed number of dense samples and reads them by position."""
 

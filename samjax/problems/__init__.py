@@ -7,7 +7,7 @@ comparisons and the loop know no more of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 from PIL import Image
@@ -20,6 +20,7 @@ from samjax.models import Sam
 from samjax.training.objective import Objective
 
 
+@runtime_checkable
 class Problem(Protocol):
     """What a run of a config learns."""
 

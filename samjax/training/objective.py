@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from samjax.training.losses import LossConfig, mask_loss, multimask_loss
 Loss = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What a training step minimises."""
 

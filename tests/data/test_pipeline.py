@@ -196,11 +196,10 @@ def test_evaluation_keeps_the_order_and_fills_the_last_batch(kind, slots):
     for number, batch in enumerate(batches):
         assert batch["image"].shape == (3, 32, 32, 3) and batch["coords"].shape == (3, slots, 2)
         assert batch["coords"].dtype == np.float32 and batch["labels"].dtype == np.int32
-        assert batch["original_size"].dtype == batch["input_size"].dtype == np.int32
+        assert batch["input_size"].dtype == np.int32
         for row in range(3):
             sample = source[min(3 * number + row, COUNT - 1)]
             np.testing.assert_array_equal(batch["truth"][row], sample.mask)
-            np.testing.assert_array_equal(batch["original_size"][row], sample.mask.shape)
             np.testing.assert_array_equal(
                 batch["image"][row], prepare_image(sample.image, Frame(32, 32))[0]
             )

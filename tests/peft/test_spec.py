@@ -199,7 +199,7 @@ def test_spec_survives_json():
         ([{"pattern": "x", "kind": "train", "last": "2"}], "last of train is '2', not int or null"),
         ([{"pattern": "x", "kind": "stack"}], "methods"),
         ([{"pattern": "x", "kind": "stack", "methods": 3}], "methods of stack is int"),
-        ([{"pattern": "x", "kind": "stack", "methods": ["lora"]}], "not a list of methods"),
+        ([{"pattern": "x", "kind": "stack", "methods": ["lora"]}], "stack holds str, not a method"),
         ([{"pattern": "x", "kind": "stack", "methods": [{"kind": "lora"}]}], "two methods"),
         (
             [{"pattern": "x", "kind": "stack", "methods": [{"kind": "lora"}, {"kind": "train"}]}],
