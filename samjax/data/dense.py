@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -35,21 +35,27 @@ class DenseSample:
     truth: Mapping[str, np.ndarray]
 
 
-class DenseDataset(Protocol):
-    """Named dense samples that can be checked before long work, and are read by position."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The samples' names in order, known without reading them."""
-
-    def check_sizes(self) -> None:
-        """Reads what takes a moment. Raises ValueError where it cannot be used."""
+@runtime_checkable
+class DenseSource(Protocol):
+    """Anything that holds a fixed number of dense samples and reads them by position."""
 
     def __len__(self) -> int:
         """The number of samples."""
 
     def __getitem__(self, index: int) -> DenseSample:
         """The sample at a position. Raises ValueError, naming the file, where it cannot be had."""
+
+
+@runtime_checkable
+class DenseDataset(DenseSource, Protocol):
+    """A source that a run can be made of: named samples that can be checked before long work."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The samples' names in order, known without reading them."""
+
+    def check_sizes(self) -> None:
+        """Reads the first sample, since sizes stand in arrays alone. Raises as reading does."""
 
 
 def open_dense(data: str, split: str, tasks: Sequence[Task]) -> DenseDataset:

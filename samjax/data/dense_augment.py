@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from samjax.data.dense import DenseSample
+from samjax.data.dense import DenseSample, resize_nearest
 from samjax.tasks import Task
 
 # Tasks whose numbers are the larger, the nearer something is.
@@ -38,8 +38,8 @@ def augment_dense(
     """Changes a sample; the same `rng` state gives the same result.
 
     What is enlarged is nearer: a depth is divided by the scale, an inverse depth, by its task's
-    name, is multiplied. A direction's x changes its sign in
-    the mirror. Truths take the nearest pixel, the image is resized bilinearly.
+    name, is multiplied. A direction's x changes its sign in the mirror. Truths take the nearest
+    pixel, the image is resized bilinearly.
     """
     image, truth = sample.image, dict(sample.truth)
     height, width = image.shape[:2]
@@ -50,14 +50,8 @@ def augment_dense(
     if (rows, columns) != (height, width):
         cut = Image.fromarray(np.ascontiguousarray(image[window]))
         image = np.asarray(cut.resize((width, height), Image.Resampling.BILINEAR))
-        nearest = np.ix_(
-            *(
-                ((np.arange(n) + 0.5) * m / n).astype(int)
-                for n, m in ((height, rows), (width, columns))
-            )
-        )
         for task in tasks:
-            own = truth[task.name][window][nearest]
+            own = resize_nearest(truth[task.name][window], (height, width))
             if task.loss == "masked_l1":
                 own = own * np.float32(scale if task.name in INVERSE else 1 / scale)
             truth[task.name] = own

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import grain
 import numpy as np
 
-from samjax.data.dense import DenseSample
+from samjax.data.dense import DenseSource, resize_nearest
 from samjax.data.dense_augment import DenseAugmentConfig, augment_dense
 from samjax.data.pipeline import Batch, one_pass, training_stream
 from samjax.preprocess import Frame, prepare_image
 from samjax.tasks import CLASSES, IGNORE, Task
-
-
-@runtime_checkable
-class DenseSource(Protocol):
-    """Anything that holds a fixed number of dense samples and reads them by position."""
-
-    def __len__(self) -> int:
-        """The number of samples."""
-
-    def __getitem__(self, index: int) -> DenseSample:
-        """The sample at a position. Raises ValueError, naming the file, where it cannot be had."""
 
 
 def dense_train_batches(
@@ -76,9 +65,7 @@ def prepare_truth(task: Task, truth: np.ndarray, frame: Frame) -> np.ndarray:
     does not count.
     """
     height, width = truth.shape[:2]
-    to = frame.resized_shape(height, width)
-    if to != (height, width):
-        truth = truth[np.ix_(*(_nearest(n, m) for n, m in zip(to, (height, width), strict=True)))]
+    truth = resize_nearest(truth, frame.resized_shape(height, width))
     return place_truth(task, truth, frame.shape)
 
 
@@ -92,8 +79,3 @@ def place_truth(task: Task, truth: np.ndarray, shape: tuple[int, int]) -> np.nda
         placed = np.zeros((task.channels, *shape), np.float32)
         placed[:, :height, :width] = np.moveaxis(truth, -1, 0)
     return placed
-
-
-def _nearest(count: int, of: int) -> np.ndarray:
-    """The pixel of `of` that the centre of each of `count` lies in."""
-    return ((np.arange(count) + 0.5) * of / count).astype(int)

@@ -1,4 +1,4 @@
-"""PASCAL-Context with the five dense tasks of ASTMT (Maninis et al. 2019), also MTI-Net's and InvPT's.
+"""PASCAL-Context with the five dense tasks of ASTMT (Maninis et al. 2019), as MTI-Net has them too.
 
 The layout is that of their archive (PASCAL_MT); which image is in which split stands in a list:
 
@@ -64,8 +64,9 @@ _PARTS = {
 }
 _CLASS_OF_PART = {part: label for label, parts in _PARTS.items() for part in parts.split()}
 # The classes of PASCAL-Context that NYUv2 has by the same name, and tvmonitor (427).
-_WITH_NORMALS = np.fromstring(
-    """
+_WITH_NORMALS = tuple(
+    int(number)
+    for number in """
     3 4 6 9 10 11 13 15 17 18 22 23 29 30 33 34 36 37 38 39 41 43 46 49 50 51 53 55 56 59 61 62
     65 66 68 69 72 73 78 83 84 85 87 88 95 96 101 104 105 107 111 113 115 122 124 135 141 142
     143 146 150 154 157 158 159 165 172 174 181 183 184 191 193 195 197 199 202 213 215 216 219
@@ -73,9 +74,7 @@ _WITH_NORMALS = np.fromstring(
     281 283 284 285 286 287 288 290 291 292 293 295 304 307 309 310 314 315 319 323 329 330 331
     336 342 345 349 350 351 352 355 357 368 370 371 374 379 380 383 384 397 401 403 405 407 408
     411 412 413 414 417 419 421 423 427 429 430 432 440 441 442 443 444 446 454 457
-    """,
-    dtype=np.int32,
-    sep=" ",
+    """.split()
 )
 
 
@@ -169,14 +168,18 @@ def _normals(file: Path, label_map: Path) -> Float[np.ndarray, "h w 3"]:
 
 
 def _human_parts(file: Path) -> Int[np.ndarray, "h w"]:
-    objects = np.atleast_1d(_variable(file, "anno").objects)
-    people = [own for own in objects if own.class_ind == _PERSON]
-    if not people:
+    try:
+        objects = np.atleast_1d(_variable(file, "anno").objects)
+        people = [own for own in objects if own.class_ind == _PERSON]
+        parts = [part for person in people for part in np.atleast_1d(person.parts)]
+        masks = [(_class_of_part(str(part.part_name), file), part.mask > 0) for part in parts]
+    except AttributeError as error:
+        raise ValueError(f"{file} is not laid out as PASCAL-Part's ({error})") from None
+    if not masks:
         return np.full((1, 1), IGNORE, np.int32)  # whatever the image's size is
-    labels = np.zeros(people[0].mask.shape, np.int32)
-    for person in people:
-        for part in np.atleast_1d(person.parts):
-            labels[part.mask > 0] = _class_of_part(str(part.part_name), file)
+    labels = np.zeros(masks[0][1].shape, np.int32)
+    for label, mask in masks:
+        labels[mask] = label
     return labels if labels.any() else np.full_like(labels, IGNORE)
 
 

@@ -15,6 +15,21 @@ from samjax.data.sources import Sample
 from samjax.data.splits import DEFAULT_FRACTIONS, Fractions, check_split, draw_split
 
 
+def open_prepared(name: str, data_dir: Path | None = None) -> tfds.core.DatasetBuilder:
+    """A prepared dataset, in `data_dir` or where TFDS keeps datasets.
+
+    Raises FileNotFoundError where it is not prepared, ValueError for an unknown name.
+    """
+    data_dir = default_data_dir() if data_dir is None else data_dir
+    folder = prepared_folder(name, data_dir)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{name} is not prepared in {data_dir}: run `samjax data prepare {name}`, or set "
+            "TFDS_DATA_DIR to the folder where it is"
+        )
+    return tfds.builder_from_directory(folder)
+
+
 class TfdsSource:
     """One split of a prepared dataset; its samples are those of the folder that it was built from.
 
@@ -33,15 +48,11 @@ class TfdsSource:
         fractions: Fractions = DEFAULT_FRACTIONS,
         data_dir: Path | None = None,
     ) -> None:
-        data_dir = default_data_dir() if data_dir is None else data_dir
-        folder = prepared_folder(name, data_dir)
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{name} is not prepared in {data_dir}: run `samjax data prepare {name}`, or set "
-                "TFDS_DATA_DIR to the folder where it is"
-            )
+        builder = open_prepared(name, data_dir)
+        if "mask" not in builder.info.features:
+            raise ValueError(f"{name} has dense tasks and no masks: name them with tasks")
+        folder = Path(builder.data_dir)
         split = check_split(split)
-        builder = tfds.builder_from_directory(folder)
         stored: dict[str, list[str]] = builder.info.metadata["names"]
         if stored.keys() == {"train"}:
             names = draw_split(folder, stored["train"], split, seed, fractions)

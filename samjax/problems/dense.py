@@ -13,8 +13,8 @@ from PIL import Image
 
 from samjax.config import Config
 from samjax.data.chosen import Chosen
-from samjax.data.dense import open_dense
-from samjax.data.dense_pipeline import DenseSource, dense_eval_batches, dense_train_batches
+from samjax.data.dense import DenseSource, open_dense
+from samjax.data.dense_pipeline import dense_eval_batches, dense_train_batches
 from samjax.data.sources import Dataset
 from samjax.data.walk import Track, untracked
 from samjax.evaluation.evaluate import Evaluation

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 
-from samjax.data.dense import DenseFolder, DenseSample
+from samjax.data.dense import DenseDataset, DenseSample, open_dense, resize_nearest
 from samjax.data.dense_augment import DenseAugmentConfig, augment_dense
-from samjax.tasks import NYUV2, Task
+from samjax.data.dense_folder import DenseFolder
+from samjax.data.dense_pipeline import prepare_truth
+from samjax.preprocess import Frame
+from samjax.tasks import CITYSCAPES, NYUV2, PASCAL_CONTEXT, Task, find
 
 SIZE = (12, 16)
 RNG = np.random.default_rng(0)
@@ -44,16 +47,58 @@ def test_a_folder_is_read_as_it_is_laid_out(tmp_path):
 
 
 def test_what_is_missing_is_told(tmp_path):
-    with pytest.raises(ValueError, match=r"there is no folder .*image"):
-        DenseFolder(tmp_path, "train", NYUV2)
+    def complaint(data, split="train", tasks=NYUV2):
+        with pytest.raises(ValueError) as caught:
+            open_dense(data, split, tasks)
+        return str(caught.value)
+
+    assert complaint("").startswith("no data: pass --data")
+    assert f"there is no folder {tmp_path}/no:" in complaint(f"{tmp_path}/no")
+    root = str(tmp_path)
+    assert "train/image: a folder of dense tasks has {train,val}/image" in complaint(root)
     write(tmp_path)
-    with pytest.raises(ValueError, match="splits train and test, not validation"):
-        DenseFolder(tmp_path, "validation", NYUV2)
-    with pytest.raises(ValueError, match=r"there is no folder .*edges"):
-        DenseFolder(tmp_path, "train", [Task("edges", 2, "cross_entropy")])
+    for split in ("validation", "val"):
+        assert "splits train and test, and no validation" in complaint(root, split)
+    assert "split must be one of" in complaint(root, "all")
+    assert f"there is no folder {root}/val/image" in complaint(root, "test")
+    said = complaint(root, tasks=[Task("disparities", 1, "masked_l1")])
+    assert f"task disparities: {root}/train has no folder disparities, only depth" in said
+    (tmp_path / "train/label").rename(tmp_path / "train/label_7")
+    said = complaint(root)
+    assert "task segmentation:" in said
+    assert "no folder label_13 or label or segmentation, only depth, label_7, normal" in said
     (tmp_path / "train/depth/3.npy").unlink()
-    with pytest.raises(ValueError, match=r"task depth: .* has no file for 3 and 0 more images"):
-        DenseFolder(tmp_path, "train", NYUV2)
+    said = complaint(root, tasks=NYUV2[1:])
+    assert f"task depth: {root}/train/depth has no file for 3 of {root}/train/image" in said
+    (tmp_path / "train/depth/7.npy").unlink()
+    assert "no file for 3 and 1 more of" in complaint(root, tasks=NYUV2[1:])
+
+
+def test_the_first_sample_is_read_before_long_work(tmp_path):
+    write(tmp_path)
+    source = open_dense(str(tmp_path), "train", NYUV2)
+    assert isinstance(source, DenseDataset)
+    source.check_sizes()
+    np.save(tmp_path / "train/depth/0.npy", np.zeros((3, 4)))
+    with pytest.raises(ValueError, match=r"depth/0.npy is \[3, 4, 1\]"):
+        source.check_sizes()
+
+
+@pytest.mark.parametrize(("folder", "classes"), [("label_7", 7), ("label_19", 19), ("label", 7)])
+def test_cityscapes(tmp_path, folder, classes):
+    """128x256 there; 2975 and 500 images; labels in the folder of as many classes."""
+    image, disparity = RNG.random((*SIZE, 3)), RNG.random((*SIZE, 1)).astype(np.float32)
+    labels = RNG.integers(-1, classes, SIZE).astype(np.float64)
+    for split in ("train", "val"):
+        arrays = {"image": image, "depth": disparity, folder: labels, "label_2": labels}
+        for name, array in arrays.items():
+            (tmp_path / split / name).mkdir(parents=True)
+            np.save(tmp_path / split / name / "0.npy", array)
+    tasks = (Task("segmentation", classes, "cross_entropy"), CITYSCAPES[1])
+    for split in ("train", "test"):
+        truth = open_dense(str(tmp_path), split, tasks)[0].truth
+        np.testing.assert_array_equal(truth["segmentation"], labels)
+        np.testing.assert_array_equal(truth["disparity"], disparity)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +106,8 @@ def test_what_is_missing_is_told(tmp_path):
     [
         ("label", np.full(SIZE, 13), "has the value 13, and task segmentation has the classes 0"),
         ("label", np.full(SIZE, 0.5), "has the value 0.5"),
+        ("label", np.full(SIZE, np.nan), "has the value nan"),
+        ("label", np.zeros((*SIZE, 3)), r"is \[12, 16, 3\], and its image is \[12, 16\]"),
         ("label", np.zeros((3, 4)), r"is \[3, 4\], and its image is \[12, 16\]"),
         ("depth", np.zeros((*SIZE, 2)), r"is \[12, 16, 2\], and task depth needs \[12, 16, 1\]"),
         ("depth", np.full(SIZE, np.nan), "not finite"),
@@ -143,3 +190,35 @@ def test_changes_are_a_function_of_the_generator():
     np.testing.assert_array_equal(one.image, other.image)
     with pytest.raises(ValueError, match="scales must be 1 or more"):
         DenseAugmentConfig(scales=(0.5,))
+
+
+def test_edges_and_saliency_go_along_with_their_image():
+    """An image that shows its own truths, of a size of its own, through changes and the frame."""
+    shape, tasks = (50, 75), [find(PASCAL_CONTEXT, name) for name in ("edges", "saliency")]
+    blocks = np.kron(RNG.integers(-1, 2, (5, 5)), np.ones((10, 15))).astype(np.int32)
+    image = np.repeat((blocks * 100 + 100).astype(np.uint8)[..., None], 3, axis=-1)
+    sample = DenseSample("a", image, {"edges": blocks, "saliency": blocks})
+    frame = Frame(48, 64)
+    for seed in range(6):
+        got = augment_dense(np.random.default_rng(seed), sample, tasks, DenseAugmentConfig())
+        for task in tasks:
+            own = got.truth[task.name]
+            assert own.shape == shape and own.dtype == np.int32
+            # Off the borders between blocks, which the image blurs.
+            assert np.mean(own * 100 + 100 == got.image[..., 0]) > 0.8
+            placed = prepare_truth(task, own, frame)
+            height, width = frame.resized_shape(*shape)
+            assert placed.shape == (48, 64) and placed.dtype == np.int32
+            assert set(np.unique(placed[:height, :width])) <= {-1, 0, 1}
+            assert (placed[height:] == -1).all() and (placed[:, width:] == -1).all()
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (20, 33), (10, 16), (1, 1)])
+@pytest.mark.parametrize("channels", [(), (3,)])
+def test_nearest_pixels_are_those_of_torch(shape, channels):
+    torch = pytest.importorskip("torch")
+    array = RNG.normal(size=(10, 16, *channels)).astype(np.float32)
+    planes = torch.from_numpy(array.reshape(10, 16, -1)).permute(2, 0, 1)[None]
+    expected = torch.nn.functional.interpolate(planes, size=shape, mode="nearest-exact")
+    expected = expected[0].permute(1, 2, 0).numpy().reshape(*shape, *channels)
+    np.testing.assert_array_equal(resize_nearest(array, shape), expected)

@@ -1,7 +1,7 @@
 """Builders of public datasets for tensorflow-datasets (TFDS), which work without TensorFlow.
 
-A dataset is a module of its name with one class, which says where its files come from and how they
-pair up; what the datasets share is in `image_mask`, and `prepare` builds them.
+A dataset is a module of its name with one class, which says where its files come from and what they
+hold; what the datasets share is in `records` and, for masks, `image_mask`. `prepare` builds them.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from samjax.data.builders.image_mask import ImageMaskBuilder
+    from samjax.data.builders.records import RecordsBuilder
 
-_CLASSES = {"kvasir_seg": "KvasirSeg"}
+_CLASSES = {"kvasir_seg": "KvasirSeg", "nyuv2": "Nyuv2"}
 DATASETS = tuple(_CLASSES)
 
 
-def builder_class(name: str) -> type[ImageMaskBuilder]:
+def builder_class(name: str) -> type[RecordsBuilder]:
     """The builder of a dataset; imports TFDS.
 
     Raises ValueError for an unknown name, and RuntimeError where the system has no array_record.

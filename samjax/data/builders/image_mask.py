@@ -1,63 +1,33 @@
-"""What the builders of images with masks share: unpacking, checking, writing records.
+"""What the builders of images with masks share: unpacking, and checking.
 
-Records hold the files' own bytes. TFDS would need TensorFlow to encode arrays, and this way samples
-are decoded by the very code that decodes folders.
+Records hold the files' own bytes, so that samples are decoded by the very code that decodes
+folders.
 """
 
 from __future__ import annotations
 
 import abc
-import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import file_adapters
 
+from samjax.data.builders.records import Contents, RecordsBuilder
 from samjax.data.folder import Pair, check_pairs
-from samjax.data.walk import Track, untracked
 
 
-class _Info(tfds.core.DatasetInfo):
-    def initialize_from_bucket(self) -> None:
-        """Nothing: TFDS publishes none of these, and its search leaves an empty folder in /tmp."""
-
-
-class ImageMaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class ImageMaskBuilder(RecordsBuilder, skip_registration=True):
     """A dataset of images with a mask each; a subclass says where it is and how files pair up.
 
     The records are `name`, `image` and `mask`, the latter two as they are in the dataset's files. A
     dataset without official splits is `train`, as is TFDS's custom; `TfdsSource` then draws splits.
-
-    TFDS's download manager is not used: it needs TensorFlow to unpack an archive, and where there
-    is no network it tries in silence for minutes. `samjax.data.builders.prepare` puts the archive
-    where TFDS has files that were fetched by hand.
     """
 
-    TITLE: ClassVar[str]
-    HOMEPAGE: ClassVar[str]
-    # What the data may be used for.
-    LICENSE: ClassVar[str]
-    CITATION: ClassVar[str]
-    # The archive's file name, its one folder, and how many pairs that holds.
-    ARCHIVE: ClassVar[str]
+    # The archive's one folder.
     FOLDER: ClassVar[str]
-    NUM_PAIRS: ClassVar[int]
-    # The archive's URL, size in bytes and sha256; None where it takes registration to get it.
-    DOWNLOAD: ClassVar[tuple[str, int, str] | None] = None
-
-    # TFDS would look for checksums beside this file, and for that needs a package
-    # (importlib_resources) that it does not require.
-    url_infos = None
-
-    # Shows progress; set by who builds.
-    track: Track = staticmethod(untracked)
-
-    def __init__(self, *, file_format: str = "array_record", **options: Any) -> None:
-        super().__init__(file_format=file_format, **options)
 
     @abc.abstractmethod
     def pairs(self, root: Path) -> dict[str, Sequence[Pair]]:
@@ -87,48 +57,14 @@ class ImageMaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             candidates.insert(0, folder)
         return next((path for path in candidates if path.exists()), None)
 
-    @property
-    def MANUAL_DOWNLOAD_INSTRUCTIONS(self) -> str:
-        """What TFDS tells those who build without samjax's command."""
-        return f"{self.how_to_get()} and put it there"
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = {
-            "name": tfds.features.Text(),
+    def record_features(self) -> dict[str, Any]:
+        """An image and a mask."""
+        return {
             "image": tfds.features.Image(),
             "mask": tfds.features.Image(shape=(None, None, 1)),
         }
-        return _Info(
-            builder=self,
-            description=self.TITLE,
-            homepage=self.HOMEPAGE,
-            license=self.LICENSE,
-            citation=self.CITATION,
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=("image", "mask"),
-            # Holds the names of each split in the order of its records, so that a source chooses
-            # among them without reading all.
-            metadata=tfds.core.MetadataDict(),
-            disable_shuffling=True,
-        )
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        folder = Path(dl_manager.manual_dir)
-        found = self.find(folder)
-        if found is None:
-            raise FileNotFoundError(self.missing(folder))
-        splits = self._checked_pairs(found)
-        self.info.metadata["names"] = {
-            split: [pair.name for pair in pairs] for split, pairs in splits.items()
-        }
-        return {split: self._generate_examples(pairs) for split, pairs in splits.items()}
-
-    def _generate_examples(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, dict[str, Any]]]:
-        for position, pair in enumerate(pairs):
-            image, mask = pair.image.read_bytes(), pair.truth.read_bytes()
-            yield position, {"name": pair.name, "image": image, "mask": mask}
-
-    def _checked_pairs(self, found: Path) -> dict[str, Sequence[Pair]]:
+    def contents(self, found: Path) -> dict[str, Contents]:
         """The pairs of the archive or of the extracted folder; ValueError names what is wrong."""
         try:
             splits = self.pairs(found if found.is_dir() else self._unpack(found))
@@ -137,7 +73,10 @@ class ImageMaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         except ValueError as error:
             # What was unpacked goes with the unfinished build: the user has the archive.
             raise ValueError(str(error).replace(str(self._scratch()), str(found))) from error
-        return splits
+        return {
+            split: Contents([pair.name for pair in pairs], map(_record, pairs))
+            for split, pairs in splits.items()
+        }
 
     def _unpack(self, archive: Path) -> Path:
         """The archive's folder, among the files of the unfinished build."""
@@ -152,40 +91,6 @@ class ImageMaskBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             raise ValueError(f"{archive} holds no folder {self.FOLDER}: {self.how_to_get()}")
         return self._scratch() / self.FOLDER
 
-    def _scratch(self) -> Path:
-        # While TFDS builds, its data folder is one that it removes on errors.
-        return Path(self.data_dir) / "unpacked"
 
-    def _generate_splits(
-        self,
-        dl_manager: tfds.download.DownloadManager,
-        download_config: tfds.download.DownloadConfig,
-    ) -> list[tfds.core.SplitInfo]:
-        """Writes records as they come, one file a split, in place of TFDS's own writer.
-
-        That one gathers a split in memory to shuffle it and, above 1 GB, in files that it writes
-        with TensorFlow.
-        """
-        examples = self._split_generators(dl_manager)
-        written = [self._write(split, examples[split]) for split in examples]
-        shutil.rmtree(self._scratch(), ignore_errors=True)
-        return written
-
-    def _write(
-        self, split: str, examples: Iterator[tuple[int, dict[str, Any]]]
-    ) -> tfds.core.SplitInfo:
-        template = self._get_filename_template(split)
-        file = template.sharded_filepath(shard_index=0, num_shards=1)
-        count, size = len(self.info.metadata["names"][split]), 0
-
-        def records() -> Iterator[tuple[int, bytes]]:
-            nonlocal size
-            for position, example in self.track(examples, f"writing {split}", count):
-                record = self.info.features.serialize_example(example)
-                size += len(record)
-                yield position, record
-
-        file_adapters.ADAPTER_FOR_FORMAT[self.info.file_format].write_examples(file, records())
-        return tfds.core.SplitInfo(
-            name=split, shard_lengths=[count], num_bytes=size, filename_template=template
-        )
+def _record(pair: Pair) -> dict[str, bytes]:
+    return {"image": pair.image.read_bytes(), "mask": pair.truth.read_bytes()}

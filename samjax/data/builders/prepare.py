@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from rich.console import Console
 
 from samjax.data.builders import builder_class, prepared_folder
-from samjax.data.builders.image_mask import ImageMaskBuilder
+from samjax.data.builders.records import RecordsBuilder
 from samjax.download import fetch
 from samjax.terminal import progress_on
 
@@ -35,8 +35,8 @@ def prepare(name: str, data_dir: Path, manual_dir: Path | None, console: Console
     """Builds a dataset in TFDS's folder `data_dir`, unless it is there already.
 
     `manual_dir` holds the archive or its extracted folder; left out, the archive is downloaded
-    where that takes no registration. TFDS builds in a folder of another name, which it removes on
-    an error or an interrupt and renames at the end.
+    where that takes no person. TFDS builds in a folder of another name, which it removes on an
+    error or an interrupt and renames at the end.
 
     Raises ValueError for an unknown name and for files that are not the dataset's,
     FileNotFoundError where the archive must be got by hand, `samjax.download.DownloadError`.
@@ -55,7 +55,7 @@ def prepare(name: str, data_dir: Path, manual_dir: Path | None, console: Console
 
 
 def _build(
-    cls: type[ImageMaskBuilder], data_dir: Path, manual_dir: Path | None, console: Console
+    cls: type[RecordsBuilder], data_dir: Path, manual_dir: Path | None, console: Console
 ) -> None:
     # The second is TFDS's own place for files that were fetched by hand.
     files = manual_dir or data_dir / "downloads" / "manual"
