@@ -25,9 +25,9 @@ by the nearest pixel (ASTMT resizes normals bicubically).
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -195,14 +195,15 @@ def _label_map(file: Path) -> Int[np.ndarray, "h w"]:
     return _variable(file, "LabelMap").astype(np.int32)
 
 
-def _variable(file: Path, name: str) -> np.ndarray:
+def _variable(file: Path, name: str) -> Any:
     """A variable of a file of MATLAB, its structs as objects with attributes."""
     try:
-        return loadmat(file, squeeze_me=True, struct_as_record=False)[name]
-    except KeyError:
-        raise ValueError(f"{file} has no {name}") from None
-    except (ValueError, TypeError, OSError, NotImplementedError, zlib.error) as error:
-        raise ValueError(f"{file} cannot be read as MATLAB's ({error}): replace it") from None
+        variables = loadmat(file, squeeze_me=True, struct_as_record=False)
+    except Exception as error:  # of broken files SciPy raises many kinds
+        raise ValueError(f"{file} cannot be read as MATLAB's ({error}): replace it") from error
+    if name not in variables:
+        raise ValueError(f"{file} has no {name}")
+    return variables[name]
 
 
 _READ: dict[str, Callable[..., np.ndarray]] = {
