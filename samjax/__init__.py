@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from samjax.models import MODELS, Prompts, Sam, SamConfig
     from samjax.predictor import SamPredictor
     from samjax.prompting import Prompt
+    from samjax.task_predictor import TaskPredictor
     from samjax.weights import convert
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "Sam",
     "SamConfig",
     "SamPredictor",
+    "TaskPredictor",
     "convert",
     "load",
     "load_adapted",
@@ -34,6 +36,7 @@ _MODULES = {
     "Sam": "samjax.models",
     "SamConfig": "samjax.models",
     "SamPredictor": "samjax.predictor",
+    "TaskPredictor": "samjax.task_predictor",
     "convert": "samjax.weights",
     "load": "samjax.loading",
     "load_adapted": "samjax.loading",

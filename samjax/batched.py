@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float32, Shaped
 
 from samjax.models import Prompts, Sam
-from samjax.predictor import PROMPTS_PER_BATCH, encode
+from samjax.predictor import PROMPTS_PER_BATCH, check_promptable, encode
 from samjax.preprocess import MASK_THRESHOLD, check_image, postprocess_masks, prepare_image
 from samjax.prompting import Prompt, assemble, check_prompt
 
@@ -46,8 +46,8 @@ def predict_batch(
     adapter's tree. The encoder takes `images_per_batch` images at a time, the decoder
     `prompts_per_batch` prompts, whichever images of those they belong to.
 
-    Raises ValueError, before any work, for an image or a prompt that cannot be; the message begins
-    with its position.
+    Raises ValueError, before any work, for a model of dense tasks, and for an image or a prompt
+    that cannot be; the message begins with its position.
     """
     arrays = _check(model, images, prompts, images_per_batch, prompts_per_batch)
     variables = jax.device_put({"params": params, "peft": peft or {}})
@@ -113,6 +113,7 @@ def _check(
     images_per_batch: int,
     prompts_per_batch: int,
 ) -> list[np.ndarray]:
+    check_promptable(model)
     if len(images) != len(prompts):
         raise ValueError(
             f"prompts must hold one sequence for each image, but there are {len(images)} images "

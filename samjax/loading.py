@@ -55,13 +55,28 @@ def load_adapted(
     adapted is logged, one line.
     """
     file = peft_lib.read(adapter)
+    options: dict[str, Any] = {"model": model, "attention": attention, "dtype": dtype}
+    return load_with(weights, file, str(adapter), image_size, **options)
+
+
+def load_with(
+    weights: str | os.PathLike[str],
+    file: peft_lib.Adapter,
+    name: str,
+    image_size: ImageSize | None = None,
+    *,
+    model: str | None = None,
+    attention: AttentionKind = "chunked",
+    dtype: Any = jnp.float32,
+) -> tuple[Sam, dict[str, Any], dict[str, Any]]:
+    """`load_adapted` for an adapter that is read already; messages call it by `name`."""
     config, params = _read(weights, model, file.config)
     config = config.with_image_size(image_size or file.config.image_size)
     sam = file.model.clone(config=config, attention=attention, dtype=jnp.dtype(dtype))
-    params, records = peft_lib.apply(file, sam, params, str(adapter))
+    params, records = peft_lib.apply(file, sam, params, name)
     single = file.metadata.get("multimask") is False and _trains_decoder(file)
     note = "; its three masks (multimask_output) were not trained" if single else ""
-    _LOG.info("%s: %s%s", adapter, peft_lib.describe(file, sam), note)
+    _LOG.info("%s: %s%s", name, peft_lib.describe(file, sam), note)
     return sam, params, records
 
 

@@ -1,4 +1,4 @@
-"""The work of `samjax predict`: an image file in, mask files out."""
+"""The work of `samjax predict`: an image file in; masks, or maps of dense tasks, out."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ from rich.console import Console
 
 from samjax.data.images import read_image, read_mask
 from samjax.files import check_writable, made_folder, write_beside
-from samjax.loading import load, load_adapted
-from samjax.models import ImageSize
+from samjax.loading import load, load_with
+from samjax.models import ImageSize, Sam
+from samjax.peft import Adapter, read
 from samjax.predictor import SamPredictor
 from samjax.prompting import Prompt, check_prompt
+from samjax.task_predictor import TaskPredictor
+from samjax.tasks import Task, find
 from samjax.viz import overlay
+from samjax.viz_tasks import picture_of, range_of, with_bar
+
+ALL = "all"
 
 
 def predict_files(
@@ -39,19 +45,21 @@ def predict_files(
 
     All are written or none. Raises OSError or ValueError with one sentence.
     """
-    _check_file(image_path, "image")
     if mask is not None:
         _check_file(mask, "mask")
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; choose a folder with --out")
-    check_writable(out)
-    image = read_image(image_path)
+    image = _open_image(image_path, out)
     size = (image.shape[0], image.shape[1])
     prompts = _prompts(points, boxes, mask, size, console)
     for prompt in prompts:
         # Before any weights are read, which may take long.
         check_prompt(prompt, size)
-    predictor = open_predictor(weights, adapter, image_size, model)
+    file = None if adapter is None else read(adapter)
+    if file is not None and file.tasks:
+        raise ValueError(
+            f"{adapter} is an adapter of dense tasks, {_named(file)}: choose one with --task, or "
+            f"--task {ALL}"
+        )
+    predictor = SamPredictor(*_opened(weights, adapter, file, image_size, model))
     predictor.set_image(image)
     masks, iou, low_res = predictor.predict_prompts(prompts, multimask)
 
@@ -84,16 +92,84 @@ def predict_files(
     return result
 
 
-def _write(out: Path, images: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> None:
-    """Writes PNGs by their names and, where there are arrays, logits.npz: all of them or none."""
+def predict_task_files(
+    image_path: Path,
+    weights: str,
+    out: Path,
+    adapter: Path | None,
+    name: str,
+    *,
+    model: str | None = None,
+    image_size: ImageSize | None = None,
+    save_logits: bool = False,
+) -> dict[str, Any]:
+    """Writes TASK.png and TASK.npy of one task of an adapter, or of `ALL`, into `out`.
+
+    The array is that of `samjax.TaskPredictor.predict`; the picture of a number has its scale
+    beside it. On request logits.npz holds the model's own maps (channels, h, w) by task. All are
+    written or none. Raises OSError or ValueError with one sentence.
+    """
+    if adapter is None:
+        raise ValueError("--task needs --adapter: an adapter that was trained for dense tasks")
+    image = _open_image(image_path, out)
+    file = read(adapter)
+    if not file.tasks:
+        raise ValueError(f"{adapter} is an adapter for masks and has no tasks: leave out --task")
+    tasks = file.tasks if name == ALL else (find(file.tasks, name),)
+    predictor = TaskPredictor(*_opened(weights, adapter, file, image_size, model))
+    maps = predictor.predict_low_res(image, [task.name for task in tasks])
+    values = predictor.at_size(maps, image.shape[:2])
+    result: dict[str, Any] = {
+        "pictures": {task.name: str(out / f"{task.name}.png") for task in tasks},
+        "arrays": {task.name: str(out / f"{task.name}.npy") for task in tasks},
+    }
+    images = {f"{task.name}.png": _picture(task, values[task.name]) for task in tasks}
+    if save_logits:
+        result["logits"] = str(out / "logits.npz")
+    arrays = {f"{task_name}.npy": array for task_name, array in values.items()}
+    _write(out, images, maps if save_logits else {}, arrays)
+    return result
+
+
+def _picture(task: Task, values: np.ndarray) -> np.ndarray:
+    if task.loss != "masked_l1":
+        return picture_of(task, values, (0.0, 1.0))
+    limits = range_of(task, values)
+    return with_bar(picture_of(task, values[..., None], limits), limits)
+
+
+def _open_image(image_path: Path, out: Path) -> np.ndarray:
+    """The image, where there is one and `out` can be written."""
+    _check_file(image_path, "image")
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; choose a folder with --out")
+    check_writable(out)
+    return read_image(image_path)
+
+
+def _named(file: Adapter) -> str:
+    return ", ".join(task.name for task in file.tasks)
+
+
+def _write(
+    out: Path,
+    images: dict[str, np.ndarray],
+    logits: dict[str, np.ndarray],
+    arrays: dict[str, np.ndarray] | None = None,
+) -> None:
+    """Writes PNGs and arrays by their names and logits.npz, if any: all of them or none."""
     with made_folder(out), contextlib.ExitStack() as stack:
         for name, pixels in images.items():
             temporary = stack.enter_context(write_beside(out / name))
             Image.fromarray(pixels).save(temporary, format="PNG")
-        if arrays:
+        for name, array in (arrays or {}).items():
+            temporary = stack.enter_context(write_beside(out / name))
+            with open(temporary, "wb") as file:
+                np.save(file, array)
+        if logits:
             temporary = stack.enter_context(write_beside(out / "logits.npz"))
             with open(temporary, "wb") as file:
-                np.savez_compressed(file, **arrays)
+                np.savez_compressed(file, **logits)
 
 
 def _check_file(path: Path, what: str) -> None:
@@ -103,13 +179,17 @@ def _check_file(path: Path, what: str) -> None:
         raise FileNotFoundError(f"no {what} file at {path}")
 
 
-def open_predictor(
-    weights: str, adapter: Path | None, image_size: ImageSize | None, model: str | None
-) -> SamPredictor:
-    """A predictor, with an adapter in place where one is given; see `samjax.load`."""
-    if adapter is None:
-        return SamPredictor(*load(weights, image_size, model=model))
-    return SamPredictor(*load_adapted(weights, adapter, image_size, model=model))
+def _opened(
+    weights: str,
+    adapter: Path | None,
+    file: Adapter | None,
+    image_size: ImageSize | None,
+    model: str | None,
+) -> tuple[Sam, Any, Any]:
+    """Model, params and records, of an adapter where one is given; see `samjax.load`."""
+    if file is None:
+        return *load(weights, image_size, model=model), None
+    return load_with(weights, file, str(adapter), image_size, model=model)
 
 
 def _prompts(

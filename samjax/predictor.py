@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from samjax import preprocess
-from samjax.models import Prompts, Sam
+from samjax.models import MSam, Prompts, Sam
 from samjax.prompting import Prompt, assemble, check_prompt
 
 # Prompts that are decoded at once: each holds a few dense maps of the image embedding's size.
@@ -22,10 +22,11 @@ class SamPredictor:
 
     `model, params` come from `samjax.load`; `peft` is an adapter's tree or None. Arrays go in and
     come out in the reference's layout. The encoder compiles once for a model; the decoder once for
-    each doubling of prompts and of points.
+    each doubling of prompts and of points. Raises ValueError for a model of dense tasks.
     """
 
     def __init__(self, model: Sam, params: Any, peft: Any = None) -> None:
+        check_promptable(model)
         self.model = model
         self._variables = jax.device_put({"params": params, "peft": peft or {}})
         self.reset_image()
@@ -126,6 +127,16 @@ class SamPredictor:
         if self.original_size is None:
             raise RuntimeError("call set_image(image) before predicting")
         return self.original_size
+
+
+def check_promptable(model: Sam) -> None:
+    """Raises ValueError for a model of dense tasks, which takes no prompts."""
+    if isinstance(model, MSam):
+        names = ", ".join(task.name for task in model.tasks)
+        raise ValueError(
+            f"this model predicts dense tasks ({names}), and no masks from prompts: use "
+            "samjax.TaskPredictor"
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)

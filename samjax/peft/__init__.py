@@ -14,6 +14,7 @@ from samjax.peft.lora import LoRA
 from samjax.peft.lora_conv import LoRAConv
 from samjax.peft.method_config import MethodConfig
 from samjax.peft.nas_lora import NASLoRA
+from samjax.peft.one_task import OneTask, one_task
 from samjax.peft.recipes import RECIPES
 from samjax.peft.report import Report, report
 from samjax.peft.sam_parser import SAMParser
@@ -30,7 +31,7 @@ from samjax.peft.trees import (
     partition,
     trainable,
 )
-from samjax.peft.verify import verify_merge
+from samjax.peft.verify import verify_merge, verify_task_merge
 
 __all__ = [
     "RECIPES",
@@ -49,6 +50,7 @@ __all__ = [
     "NASLoRA",
     "NotComposable",
     "NotMergeable",
+    "OneTask",
     "PeftSpec",
     "Report",
     "Rule",
@@ -69,6 +71,7 @@ __all__ = [
     "load",
     "merge",
     "metrics",
+    "one_task",
     "pad_rank",
     "partition",
     "pick",
@@ -81,4 +84,5 @@ __all__ = [
     "stack",
     "trainable",
     "verify_merge",
+    "verify_task_merge",
 ]

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from samjax.models.msam import MSam
 from samjax.models.sam import Sam
 from samjax.nn import Context, Site, SiteInfo
 from samjax.peft.delta import (
@@ -163,13 +164,21 @@ def combine(first: Any, second: Any) -> Any:
     )
 
 
-def merge(model: Sam, params: Any, peft: Any, ctx: Context | None = None) -> Any:
+def merge(
+    model: Sam, params: Any, peft: Any, ctx: Context | None = None, *, task: str | None = None
+) -> Any:
     """Folds every record into its kernel: plain `params` that need no adapter.
 
-    Arithmetic is float32, the result has each kernel's own dtype. Raises NotMergeable, with the
-    reason, where a record cannot be folded; ValueError where it is at no site, or lacks what it
-    shares with others.
+    Of a model of dense tasks, `task` names the one to fold for, where records differ by task: its
+    encoder then is a plain one, and other tasks need their own. Arithmetic is float32, the result
+    has each kernel's own dtype. Raises NotMergeable, with the reason, where a record cannot be
+    folded; ValueError where it is at no site, or lacks what it shares with others, and for a task
+    that there is not, with the nearest.
     """
+    if task is not None:
+        if not isinstance(model, MSam):
+            raise ValueError(f"{model.config.name} here predicts masks and has no task {task!r}")
+        ctx = (ctx or Context()).replace(task=model.index(task))
     merged, reasons = fold(model, params, peft, ctx)
     for path, reason in reasons.items():
         raise NotMergeable(f"{path}: {reason}")

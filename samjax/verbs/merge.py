@@ -16,6 +16,11 @@ from samjax.arguments import Outcome, parse
 class Merge:
     """Folds an adapter into the weights that it was trained on.
 
+    Of an adapter of dense tasks, --task NAME chooses one. A task of one channel, such as depth,
+    becomes weights of SAM whose single mask without a prompt is the task's map. Of one of several
+    channels the image encoder goes into the weights, beside SAM's own decoder, and the task's rows
+    and decoder into --rest, an adapter for them.
+
     Example: samjax merge --weights mobile_sam.pt --adapter adapter.safetensors merged
     """
 
@@ -29,8 +34,10 @@ class Merge:
     """samjax: a checkpoint folder; meta: a .safetensors file for PyTorch; hf: a folder for
     transformers' SamModel."""
     rest: Path | None = None
-    """Where what cannot fold into a layer goes: an adapter for the merged weights, as small as it
-    gets. Left out, such an adapter is refused."""
+    """Where what cannot fold into a layer, or is not in SAM, goes: an adapter for the merged
+    weights, as small as it gets. Left out, such an adapter is refused."""
+    task: str | None = None
+    """Of an adapter of dense tasks: the name of the one to merge for."""
     model: str | None = None
     """What the weights are, such as vit_b or medsam; left out, the adapter knows it."""
     verify: bool = True
@@ -42,18 +49,46 @@ class Merge:
         """Writes the merged weights, and the rest where there is one."""
         from samjax import peft
         from samjax.files import check_parent
-        from samjax.hashes import params_sha256
-        from samjax.loading import load_adapted
-        from samjax.weights import check_destination, write_weights
+        from samjax.loading import load_with
+        from samjax.tasks import find
+        from samjax.weights import check_destination
 
         check_destination(self.dst, self.to)
         if self.rest is not None:
             check_parent(self.rest)
             if self.rest.exists():
                 raise FileExistsError(f"{self.rest} exists already; choose another --rest")
-        model, params, records = load_adapted(self.weights, self.adapter, model=self.model)
-        check_destination(self.dst, self.to, model.config)
         file = peft.read(self.adapter)
+        if self.task is None and file.tasks:
+            names = ", ".join(task.name for task in file.tasks)
+            raise ValueError(
+                f"{self.adapter} is an adapter of dense tasks, {names}: choose one with --task"
+            )
+        if self.task is not None:
+            if not file.tasks:
+                raise ValueError(
+                    f"{self.adapter} is an adapter for masks and has no tasks: leave out --task"
+                )
+            channels = find(file.tasks, self.task).channels
+            if channels > 1 and self.rest is None:
+                raise ValueError(
+                    f"{self.task} has {channels} channels, and SAM has the row and the mask of "
+                    "one; with --rest FILE, its rows and its decoder become an adapter for the "
+                    "merged weights"
+                )
+        adapted = load_with(self.weights, file, str(self.adapter), model=self.model)
+        check_destination(self.dst, self.to, adapted[0].config)
+        merge = self._merge if self.task is None else self._merge_task
+        result = merge(console, file, *adapted)
+        console.print(f"{self.adapter} merged into {self.weights}; written to {self.dst}")
+        return result
+
+    def _merge(
+        self, console: Console, file: Any, model: Any, params: Any, records: Any
+    ) -> dict[str, Any]:
+        """Of an adapter for masks."""
+        from samjax import peft
+
         folded = peft.collapse(file.spec, model, params, records)
         if folded.reasons and self.rest is None:
             path, reason = next(iter(folded.reasons.items()))
@@ -61,31 +96,73 @@ class Merge:
                 f"{path}: {reason}; with --rest FILE, what cannot fold becomes an adapter for the "
                 "merged weights"
             )
-        result: dict[str, Any] = {"model": model.config.name, "dst": str(self.dst), "to": self.to}
+        result = self._result(model)
         if self.verify:
             differences = peft.verify_merge(model, params, records, folded.params, folded.peft)
-            console.print(
-                "merged and adapted model differ at most by "
-                + ", ".join(f"{value:.1e} ({name})" for name, value in differences.items())
-                + " of the outputs' deviation"
-            )
-            result["max_difference"] = differences
+            result["max_difference"] = _tell(differences, console)
         if folded.reasons and self.rest is not None:
             variables = {"params": folded.params, "peft": folded.peft}
-            base = params_sha256(folded.params)
-            peft.save(self.rest, folded.spec, model, variables, base, file.metadata)
-            try:
-                write_weights(self.dst, model.config, folded.params, self.to)
-            except BaseException:
-                self.rest.unlink()  # which is of no use without them
-                raise
+            left = {"spec": folded.spec, "model": model, "variables": variables}
+            self._write(model, folded.params, {**left, "metadata": file.metadata})
             result |= self._describe_rest(console, model, params, records, folded)
         else:
-            write_weights(self.dst, model.config, folded.params, self.to)
-            if self.rest is not None:
-                console.print(f"all of it folds: there is no rest, and {self.rest} is not written")
-        console.print(f"{self.adapter} merged into {self.weights}; written to {self.dst}")
+            self._write(model, folded.params)
+            self._tell_no_rest(console)
         return result
+
+    def _merge_task(
+        self, console: Console, file: Any, model: Any, params: Any, records: Any
+    ) -> dict[str, Any]:
+        """Of an adapter of dense tasks."""
+        from samjax import peft
+        from samjax.loading import load
+
+        assert self.task is not None
+        # Of these the prompt encoder stays, which a model of dense tasks does not have.
+        _, base = load(self.weights, model=model.config.name)
+        one = peft.one_task(model, params, records, base, self.task)
+        result = {**self._result(model), "task": self.task}
+        if self.verify:
+            differences = peft.verify_task_merge(
+                model, params, records, self.task, one.model, one.params
+            )
+            result["max_difference"] = _tell(differences, console)
+        if one.spec is None or self.rest is None:
+            self._write(model, one.sam_params)
+            self._tell_no_rest(console)
+            return result
+        variables = {"params": one.params, "peft": {}}
+        left = {"spec": one.spec, "model": one.model, "variables": variables}
+        metadata = {**file.metadata, "method": "decoder"}
+        self._write(model, one.sam_params, {**left, "metadata": metadata})
+        counts = peft.report(one.spec, one.model)
+        console.print(
+            f"the rows and the decoder of {self.task}, {counts.trainable:,} numbers, are in "
+            f"{self.rest}, for the merged weights, whose own mask decoder is SAM's"
+        )
+        return {**result, "rest": str(self.rest), "rest_numbers": counts.trainable}
+
+    def _result(self, model: Any) -> dict[str, Any]:
+        return {"model": model.config.name, "dst": str(self.dst), "to": self.to}
+
+    def _write(self, model: Any, params: Any, left: dict[str, Any] | None = None) -> None:
+        """Writes the merged weights, and to --rest what is `left` of the adapter: both or none."""
+        from samjax import peft
+        from samjax.hashes import params_sha256
+        from samjax.weights import write_weights
+
+        if left is not None and self.rest is not None:
+            peft.save(self.rest, base_sha256=params_sha256(params), **left)
+        try:
+            write_weights(self.dst, model.config, params, self.to)
+        except BaseException:
+            if left is not None and self.rest is not None:
+                self.rest.unlink()  # which is of no use without them
+            raise
+
+    def _tell_no_rest(self, console: Console) -> None:
+        if self.rest is not None:
+            console.print(f"all of it folds: there is no rest, and {self.rest} is not written")
 
     def _describe_rest(
         self, console: Console, model: Any, params: Any, records: Any, folded: Any
@@ -110,6 +187,16 @@ class Merge:
             "rest_numbers": counts.adapter,
             "encoding_flops": costs,
         }
+
+
+def _tell(differences: dict[str, float], console: Console) -> dict[str, float]:
+    """Says how close merged and adapted model are."""
+    console.print(
+        "merged and adapted model differ at most by "
+        + ", ".join(f"{value:.1e} ({name})" for name, value in differences.items())
+        + " of the outputs' deviation"
+    )
+    return differences
 
 
 def _by_reason(reasons: dict[str, str]) -> dict[str, list[str]]:
