@@ -37,28 +37,37 @@ def gallery(
 ) -> Image.Image:
     """A grid of pictures under column titles; each is fitted into `cell` pixels.
 
-    `captions`, one per picture, stand in its lower left corner.
+    A row is as high as its highest picture. `captions`, one per picture, stand in the lower left
+    corner of its cell.
     """
     gap, head = 6, 26
+    fitted = [[_fitted(picture, cell) for picture in row] for row in rows]
+    heights = [max(picture.height for picture in row) for row in fitted]
     width = len(titles) * (cell + gap) + gap
-    canvas = Image.new("RGB", (width, len(rows) * (cell + gap) + gap + head), "white")
+    canvas = Image.new("RGB", (width, sum(heights) + (len(rows) + 1) * gap + head), "white")
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(size=15)
     for j, title in enumerate(titles):
         draw.text((gap + j * (cell + gap) + cell / 2, head / 2 + 2), title, "black", font, "mm")
-    for i, row in enumerate(rows):
+    y = head + gap
+    for i, row in enumerate(fitted):
         for j, picture in enumerate(row):
-            x, y = gap + j * (cell + gap), head + gap + i * (cell + gap)
-            fitted = Image.fromarray(picture)
-            scale = cell / max(fitted.size)
-            size = tuple(max(1, round(side * scale)) for side in fitted.size)
-            canvas.paste(fitted.resize(size, Image.Resampling.BILINEAR), (x, y))
+            x = gap + j * (cell + gap)
+            canvas.paste(picture, (x, y))
             if captions and captions[i][j]:
-                at = (x + 5, y + cell - 6)
+                at = (x + 5, y + heights[i] - 6)
                 draw.text(
                     at, captions[i][j], "white", font, "ls", stroke_width=2, stroke_fill="black"
                 )
+        y += heights[i] + gap
     return canvas
+
+
+def _fitted(picture: UInt8[np.ndarray, "h w 3"], cell: int) -> Image.Image:
+    image = Image.fromarray(picture)
+    scale = cell / max(image.size)
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    return image.resize(size, Image.Resampling.BILINEAR)
 
 
 def save_png(image: Image.Image, path: Path) -> None:

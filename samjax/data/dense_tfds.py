@@ -25,7 +25,7 @@ class DenseTfds:
         self, name: str, split: str, tasks: Sequence[Task], data_dir: Path | None = None
     ) -> None:
         builder = open_prepared(name, data_dir)
-        known = [feature for feature in builder.info.features if feature not in ("name", "image")]
+        known = sorted(set(builder.info.features) - {"name", "image"})
         if known == ["mask"]:
             raise ValueError(f"{name} has masks and no dense tasks: leave out tasks")
         for task in tasks:

@@ -16,7 +16,7 @@ from samjax.data.builders.prepare import prepare
 from samjax.data.dense import DenseDataset, open_dense
 from samjax.data.dense_tfds import DenseTfds
 from samjax.data.sources import open_source
-from samjax.tasks import NYUV2, PASCAL_CONTEXT, Task
+from samjax.tasks import NYUV2, Task
 
 SIZE = (10, 14)
 COUNTS = {"train": 11, "val": 3}
@@ -132,9 +132,9 @@ def test_what_is_missing_is_told(folder, data_dir, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="run `samjax data prepare nyuv2`"):
         DenseTfds("nyuv2", "train", NYUV2, tmp_path)
     with pytest.raises(
-        ValueError, match="no task 'edges'; the nearest is .*, it has depth, normals"
+        ValueError, match="'normal'; the nearest is normals, it has depth, normals, "
     ):
-        DenseTfds("nyuv2", "train", PASCAL_CONTEXT[-1:], data_dir)
+        DenseTfds("nyuv2", "train", [Task("normal", 3, "cosine")], data_dir)
     few = DenseTfds("nyuv2", "train", [Task("segmentation", 7, "cross_entropy")], data_dir)
     with pytest.raises(ValueError, match=r"0 \(segmentation\) has the value .* the classes 0 to 6"):
         few.check_sizes()

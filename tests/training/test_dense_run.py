@@ -1,4 +1,4 @@
-"""Runs of dense tasks, from data in a folder to an adapter: what they write, and that they resume."""
+"""Runs of dense tasks, from data in a folder to an adapter: what they write, how they resume."""
 
 import contextlib
 import dataclasses
@@ -92,7 +92,7 @@ def test_a_run_measures_every_task(whole, config):
     assert [row.split(",")[0] for row in rows[1:]] == ["0", "1", "2", "(whole set)"]
     # A row for each of two images and three tasks: image, truth, before, after.
     with Image.open(out / "gallery.png") as picture:
-        assert picture.size == (4 * 262 + 6, 6 * 262 + 6 + 26)
+        assert picture.size == (4 * 262 + 6, 6 * (192 + 6) + 6 + 26)
 
 
 def test_the_adapter_is_the_trained_model(whole, config):
