@@ -18,11 +18,14 @@ import pytest
 
 from samjax import peft
 from samjax.hashes import params_sha256
-from samjax.models import Prompts, Sam
+from samjax.models import MSam, Prompts, Sam
+from samjax.models.msam import msam_params
 from samjax.nn import Context
-from samjax.peft import MethodConfig
+from samjax.peft import RECIPES, MethodConfig
 from samjax.peft.delta import UNTRAINED
 from samjax.peft.trees import deltas
+from samjax.tasks import parse
+from samjax.training.objective import MaskObjective
 from samjax.training.step import (
     OptimizerConfig,
     init_state,
@@ -30,6 +33,7 @@ from samjax.training.step import (
     make_train_step,
     trained_labels,
 )
+from samjax.training.task_objective import TaskObjective
 
 METHODS = {
     "decoder": MethodConfig(method="decoder"),
@@ -62,7 +66,11 @@ METHODS = {
     "sam_parser_everywhere": MethodConfig(method="sam_parser", targets=("neck", "transformer")),
     "sam_parser_bases": MethodConfig(method="sam_parser", train="bases"),
     "sam_parser_code": MethodConfig(method="sam_parser", recipe="code"),
+    "ta_lora": MethodConfig(method="ta_lora", rank=4, rank_task=2, dropout=0.0),
+    "ta_lora_late": MethodConfig(method="ta_lora", rank=4, targets=("q", "v"), first_block=1),
+    "lora_stl": MethodConfig(method="lora_stl", rank=2),
 }
+TASKS = parse(["segmentation:3:cross_entropy", "depth:1:masked_l1", "normals:3:cosine"])
 # Their records have no form as a kernel and a bias.
 NOT_MERGEABLE = {
     "adapter",
@@ -86,12 +94,17 @@ class Case:
 
     name: str
     model: Sam
+    base: Any  # SAM's parameters
     spec: peft.PeftSpec
     variables: Any
     moved: Any
     moved_again: Any
     # What several laws look at, computed once.
     known: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def objective(self):
+        return TaskObjective() if isinstance(self.model, MSam) else MaskObjective()
 
 
 @pytest.fixture(scope="module", params=("vit", "tiny_vit"))
@@ -103,12 +116,18 @@ def model_and_params(request):
 
 @pytest.fixture(scope="module", params=METHODS)
 def case(request, model_and_params) -> Case:
-    model, params = model_and_params
-    spec = METHODS[request.param].spec()
+    """Methods of dense tasks are in a model of three, whose decoders differ a little."""
+    model, base = model_and_params
+    params, method = base, METHODS[request.param]
+    dense = RECIPES[method.method].dense
+    if dense:
+        model = MSam(model.config, tasks=TASKS)
+        params = msam_params(base, model)
+    spec = method.spec(len(TASKS) if dense else 0)
     tree = peft.attach(spec, model, params, jax.random.key(0))
     variables = {"params": params, "peft": tree}
     moved, again = (disturb(spec, model, variables, seed) for seed in (1, 2))
-    return Case(request.param, model, spec, variables, moved, again)
+    return Case(request.param, model, base, spec, variables, moved, again)
 
 
 def batch(size: int = 2) -> dict[str, np.ndarray]:
@@ -122,19 +141,41 @@ def batch(size: int = 2) -> dict[str, np.ndarray]:
         "mask": mask,
         "coords": np.zeros((size, 0, 2), np.float32),
         "labels": np.zeros((size, 0), np.int32),
+        "truth": {
+            "segmentation": np.where(mask, 2, 1).astype(np.int32),
+            "depth": np.where(mask, 2.0, 3.0).astype(np.float32)[:, None],
+            "normals": np.tile(np.float32([0, 0, 1])[:, None, None], (size, 1, SIDE, SIDE)),
+        },
     }
 
 
 @functools.cache
 def compiled(model: Sam):
     """The forward pass of a model: the laws of one model share what it compiles."""
-    return jax.jit(lambda variables, *inputs: model.apply(variables, *inputs)[0])
+
+    def maps(variables, *inputs):
+        if isinstance(model, MSam):
+            return jnp.concatenate(list(model.apply(variables, *inputs).values()), axis=1)
+        return model.apply(variables, *inputs, Prompts.none(2))[0]
+
+    return jax.jit(maps)
 
 
 def forward(model: Sam, variables) -> np.ndarray:
+    """Maps (b, channels, h, w): a mask's, or those of all tasks, one after another."""
     inputs = batch()
-    args = jnp.asarray(inputs["image"]), jnp.asarray(inputs["input_size"]), Prompts.none(2)
+    args = jnp.asarray(inputs["image"]), jnp.asarray(inputs["input_size"])
     return np.asarray(compiled(model)(variables, *args))
+
+
+def of_task(maps: np.ndarray, name: str) -> np.ndarray:
+    """What `forward` gave of one task."""
+    place = 0
+    for task in TASKS:
+        if task.name == name:
+            return maps[:, place : place + task.channels]
+        place += task.channels
+    raise ValueError(name)
 
 
 def disturb(spec, model, variables, seed: int):
@@ -174,6 +215,13 @@ def test_merge_equals_the_activation_path_or_says_why_not(case):
         with pytest.raises(peft.NotMergeable, match=r"^image_encoder/.*: "):
             peft.merge(case.model, params, tree)
         return
+    if isinstance(case.model, MSam):
+        for task in TASKS:
+            merged = peft.merge(case.model, params, tree, task=task.name)
+            ours = of_task(forward(case.model, {"params": merged}), task.name)
+            theirs = of_task(adapted, task.name)
+            np.testing.assert_allclose(ours, theirs, atol=1e-4 * theirs.std())
+        return
     merged = peft.merge(case.model, params, tree)
     np.testing.assert_allclose(
         forward(case.model, {"params": merged}), adapted, atol=1e-4 * adapted.std()
@@ -209,7 +257,8 @@ def training_moves_what_trains_alone(case: Case) -> None:
     assert moments == 2 * count  # AdamW's two, and nothing else
     assert count == peft.report(case.spec, case.model).trainable
     before = jax.tree.map(np.array, frozen)
-    step = make_train_step(case.model, optimizer).lower(state, frozen, batch()).compile()
+    jitted = make_train_step(case.model, optimizer, objective=case.objective)
+    step = jitted.lower(state, frozen, batch()).compile()
     first = jax.tree.map(np.array, state.train)
     losses = []
     for _ in range(8):
@@ -223,7 +272,7 @@ def training_moves_what_trains_alone(case: Case) -> None:
 
 
 def test_save_and_load_are_bit_equal(case, tmp_path):
-    params = case.variables["params"]
+    params = case.base
     file, sha = tmp_path / "a.safetensors", params_sha256(params)
     saved = peft.save(file, case.spec, case.model, case.moved, sha, {"method": "x"})
     loaded_params, tree = peft.load(file, case.model, params)
@@ -256,9 +305,12 @@ def encoder_gradients(case: Case, sharding: Any = None, **changes: Any):
     def loss(trained, frozen):
         variables = peft.combine(trained, frozen)
         ctx = Context(rng=jax.random.key(7))
-        embedding, added = model.apply(
-            variables, images, sizes, ctx, method="encode", mutable=["losses"]
-        )
+        arguments: tuple[Any, ...] = (variables, images, sizes, ctx)
+        method = "encode"
+        if isinstance(model, MSam):
+            arguments = (variables, images, sizes, jnp.arange(len(TASKS)), ctx)
+            method = "encode_tasks"
+        embedding, added = model.apply(*arguments, method=method, mutable=["losses"])
         total = jnp.mean(jnp.square(embedding)) + sum(map(jnp.sum, jax.tree.leaves(added)))
         return total, embedding
 
@@ -338,7 +390,7 @@ def test_accumulated_gradients_are_the_mean(small_model, small_params):
     spec = METHODS["lora"].spec()
     tree = peft.attach(spec, small_model, small_params, jax.random.key(0))
     variables = {"params": small_params, "peft": tree}
-    case = Case("lora", small_model, spec, variables, variables, variables)
+    case = Case("lora", small_model, small_params, spec, variables, variables, variables)
     losses: dict[int, list[float]] = {1: [], 2: []}
     for accumulate, values in losses.items():
         state, frozen, optimizer = start(case, small_model, steps=40)
