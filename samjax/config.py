@@ -172,6 +172,8 @@ class Config:
             self.method.spec()  # which says so
         if tasks and (self.objects == "each" or self.classes):
             raise ValueError("dense tasks have no objects: leave out objects and classes")
+        if tasks and self.eval_prompt is not None:
+            raise ValueError("dense tasks take no prompt: leave out eval_prompt")
         known = [f"{task.name}/{metric}" for task in tasks for metric in task.metrics]
         known = known or ["dice", "iou"]
         if self.best_metric is not None and self.best_metric not in known:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Shaped, UInt8
+from jaxtyping import Float32, Shaped
 
 from samjax import preprocess
 from samjax.models import MSam, Sam
@@ -41,7 +41,7 @@ class TaskPredictor:
         return self.model.tasks
 
     def predict(
-        self, image: UInt8[np.ndarray, "h w 3"], tasks: str | Sequence[str] | None = None
+        self, image: np.ndarray, tasks: str | Sequence[str] | None = None
     ) -> dict[str, Shaped[np.ndarray, "h w *c"]]:
         """What tasks (one by name, several, or all) say of an RGB image, at its own size, by name.
 
@@ -55,7 +55,7 @@ class TaskPredictor:
         return self.at_size(self.predict_low_res(image, tasks), np.shape(image)[:2])
 
     def predict_low_res(
-        self, image: UInt8[np.ndarray, "h w 3"], tasks: str | Sequence[str] | None = None
+        self, image: np.ndarray, tasks: str | Sequence[str] | None = None
     ) -> dict[str, Float32[np.ndarray, "c lh lw"]]:
         """The model's own maps by task, without activation, of the image in its padded input.
 

@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samjax.models import Sam, SamConfig, TinyVitConfig, VitConfig
+from samjax import peft
+from samjax.models import MSam, Sam, SamConfig, TinyVitConfig, VitConfig
+from samjax.models.msam import msam_params
+from samjax.peft import MethodConfig
+from samjax.tasks import parse
 from weights_convert import from_params
 
 # Most of the tests' time is compilation: they leave out what LLVM takes longest for. With XLA_FLAGS
@@ -136,6 +140,23 @@ def tiny_params(tiny_model, draw_params):
 @pytest.fixture(scope="session")
 def small_params(small_model, draw_params):
     return draw_params(small_model)
+
+
+@pytest.fixture(scope="session")
+def dense(small_config, small_params):
+    """A task of each loss, as `(spec, model, variables)` of TA-LoRA; all that trains is moved."""
+    losses = ("segmentation:5:cross_entropy", "depth:1:masked_l1", "normals:3:cosine")
+    model = MSam(small_config, tasks=parse([*losses, "edges:1:balanced_bce"]))
+    spec = MethodConfig("ta_lora", rank=4, rank_task=2).spec(tasks=4)
+    params = msam_params(small_params, model)
+    variables = {"params": params, "peft": peft.attach(spec, model, params, jax.random.key(0))}
+    rng = np.random.default_rng(0)
+
+    def move(leaf, trains):
+        noise = 0.2 * rng.normal(size=leaf.shape).astype(np.float32)
+        return np.asarray(leaf) + noise if trains else np.asarray(leaf)
+
+    return spec, model, jax.tree.map(move, variables, peft.trainable(spec, model, variables))
 
 
 @pytest.fixture(scope="session")

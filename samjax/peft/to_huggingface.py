@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 
 from samjax.files import check_parent, write_beside
 from samjax.models.configs import VitConfig
+from samjax.models.msam import MSam
 from samjax.models.sam import Sam
 from samjax.nn import SiteInfo
 from samjax.peft.compose import StackDelta
@@ -46,7 +47,7 @@ def save(
     its layers folded in. Raises FileExistsError, or ValueError for what peft cannot say.
     """
     folder = Path(folder)
-    _check_destination(folder, model)
+    check_destination(folder, model)
     mask = flatten_dict(trainable(spec, model, variables)["params"], sep="/")
     trains = [path for path, train in mask.items() if train]
     if others := [path for path in trains if not path.startswith(_WHOLE)]:
@@ -93,8 +94,13 @@ def save(
     return record
 
 
-def _check_destination(folder: Path, model: Sam) -> None:
+def check_destination(folder: Path, model: Sam) -> None:
     """Raises, before any work, where `save` could not write."""
+    if isinstance(model, MSam):
+        raise ValueError(
+            "transformers' SamModel has one mask decoder, and dense tasks have one each: `samjax "
+            "merge --task NAME --to hf` makes weights of one task"
+        )
     if not isinstance(model.config.image_encoder, VitConfig):
         raise ValueError(
             f"transformers has no class for {model.config.name}, whose image encoder is a TinyViT; "

@@ -43,7 +43,7 @@ class ConvertAdapter:
         from samjax import peft
         from samjax.files import check_parent
         from samjax.hashes import params_sha256
-        from samjax.loading import load, load_adapted
+        from samjax.loading import load, load_with
         from samjax.peft import huggingface, samed, to_huggingface
         from samjax.peft.resolve import resolve
 
@@ -60,8 +60,10 @@ class ConvertAdapter:
                     "--without-decoder and --image-size are for adapters of peft and SAMed, and "
                     f"{self.src} is samjax's; leave them out"
                 )
-            spec = peft.read(self.src).spec
-            model, params, records = load_adapted(self.weights, self.src, model=self.model)
+            file = peft.read(self.src)
+            to_huggingface.check_destination(self.dst, file.model)
+            spec = file.spec
+            model, params, records = load_with(self.weights, file, str(self.src), model=self.model)
             variables, base = {"params": params, "peft": records}, ""
         else:
             model, params = load(self.weights, self.image_size, model=self.model)

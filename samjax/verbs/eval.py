@@ -19,7 +19,7 @@ from samjax.verbs.experiment import open_experiment
 @dataclasses.dataclass(frozen=True)
 class EvalRun:
     """Evaluates a finished run: Dice, IoU, S-measure, mean E-measure, weighted F-measure and MAE
-    over a split, and a CSV with one row per image.
+    over a split, and a CSV with one row per image. Of dense tasks, all metrics of each.
 
     Example: samjax eval runs/kvasir_lora --split test
     """
@@ -35,8 +35,8 @@ class EvalRun:
     data: str | None = None
     """Where the data is now; left out, where it was."""
     csv: Path | None = None
-    """Where the metrics of each image go; left out, RUN/eval_SPLIT_PROMPT.csv, with the name of
-    another adapter at its end."""
+    """Where the metrics of each image go; left out, RUN/eval_SPLIT_PROMPT.csv (of dense tasks
+    eval_SPLIT.csv), with the name of another adapter at its end."""
     json: bool = False
     """Print one JSON object, on one line, last on stdout."""
 
@@ -68,7 +68,8 @@ def run(argv: list[str], console: Console) -> Outcome:
             target, eval_prompt=args.eval_prompt, weights=args.weights, data=args.data
         )
         mark = f"_{args.adapter.stem}" if args.adapter else ""
-        csv = args.csv or target / f"eval_{args.split}_{config.evaluation_prompt}{mark}.csv"
+        prompt = "" if config.tasks else f"_{config.evaluation_prompt}"
+        csv = args.csv or target / f"eval_{args.split}{prompt}{mark}.csv"
         _check_csv(csv)
         result = evaluate_run(target, config, args.split, console, args.adapter)
     else:

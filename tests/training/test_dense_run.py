@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 import samjax
+from samjax import cli
 from samjax.config import Config
 from samjax.models import MSam
 from samjax.peft import MethodConfig
@@ -102,6 +103,19 @@ def test_the_adapter_is_the_trained_model(whole, config):
     problem = problem_of(config)
     again = problem.evaluate(model, {"params": params, "peft": records}, problem.open("test"))
     assert again.mean == pytest.approx(summary["after"], abs=2e-6)
+
+
+def test_eval_measures_the_run_again(whole, tmp_path, capsys):
+    out, summary = whole
+    assert cli.main(["eval", str(out), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result.pop("images") == 3 and result.pop("csv") == str(out / "eval_test.csv")
+    assert result == pytest.approx(summary["after"], abs=2e-6)
+    assert (out / "eval_test.csv").read_text().splitlines()[-1].startswith("(whole set),")
+    assert cli.main(["eval", str(out), "--eval-prompt", "box"]) == 1
+    assert "dense tasks take no prompt: leave out eval_prompt" in capsys.readouterr().err
+    assert cli.main(["arch", str(out)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 class Stopped(contextlib.nullcontext):

@@ -1,0 +1,132 @@
+"""The verbs on an adapter of dense tasks."""
+
+import os
+
+import numpy as np
+import pytest
+
+import samjax
+from samjax import peft
+from samjax.data.images import read_image
+from samjax.hashes import params_sha256
+
+SIZE = (40, 48)  # of the image
+NAMES = ("segmentation", "depth", "normals", "edges")
+
+
+@pytest.fixture(scope="module")
+def adapter(dense, small_params, tmp_path_factory):
+    spec, model, variables = dense
+    path = tmp_path_factory.mktemp("dense") / "dense.safetensors"
+    peft.save(path, spec, model, variables, params_sha256(small_params), {"method": "ta_lora"})
+    return path
+
+
+def test_predict_writes_pictures_and_arrays(files, predict, adapter, tmp_path):
+    result = predict(tmp_path, "--adapter", adapter, "--task", "all", "--save-logits")
+    assert result.json == {
+        "pictures": {name: str(tmp_path / f"{name}.png") for name in NAMES},
+        "arrays": {name: str(tmp_path / f"{name}.npy") for name in NAMES},
+        "logits": str(tmp_path / "logits.npz"),
+    }
+    names = [f"{name}.{kind}" for name in NAMES for kind in ("npy", "png")]
+    assert sorted(os.listdir(tmp_path)) == sorted(["logits.npz", *names])
+    predictor = samjax.TaskPredictor(*samjax.load_adapted(files / "small", adapter))
+    expected = predictor.predict(read_image(files / "image.png"))
+    arrays = {name: np.load(tmp_path / f"{name}.npy") for name in NAMES}
+    for name, array in arrays.items():
+        assert array.dtype == expected[name].dtype
+        np.testing.assert_allclose(array, expected[name], atol=1e-5)
+    pictures = {name: read_image(tmp_path / f"{name}.png") for name in NAMES}
+    for name in ("segmentation", "normals", "edges"):
+        assert pictures[name].shape == (*SIZE, 3)
+    classes = arrays["segmentation"]
+    colors = {tuple(color) for color in pictures["segmentation"].reshape(-1, 3)}
+    assert len(np.unique(classes)) == len(colors) > 1
+    rgb = (arrays["normals"] + 1) * 127.5
+    assert np.abs(pictures["normals"] - rgb).max() <= 0.5 + 1e-4
+    # A scale stands beside numbers, from dark to light.
+    assert pictures["depth"].shape[0] == SIZE[0] and pictures["depth"].shape[1] > SIZE[1]
+    depth, left = arrays["depth"], pictures["depth"][:, : SIZE[1]].astype(int).sum(-1)
+    assert left[depth == depth.max()].min() > left[depth == depth.min()].max()
+    shapes = {name: array.shape for name, array in result.logits.items()}
+    assert shapes == {name: (c, 32, 32) for name, c in zip(NAMES, (5, 1, 3, 1), strict=True)}
+
+
+def test_predict_one_task_at_another_size(predict, adapter, tmp_path):
+    options = ("--adapter", adapter, "--task", "normals", "--image-size", "64")
+    assert predict(tmp_path, *options).code == 0
+    assert sorted(os.listdir(tmp_path)) == ["normals.npy", "normals.png"]
+    assert np.load(tmp_path / "normals.npy").shape == (*SIZE, 3)
+
+
+def test_merged_for_a_task_of_one_channel(call, predict, files, adapter, tmp_path):
+    options = ("--weights", files / "small", "--adapter", adapter, "--task", "depth", "--json")
+    result = call("merge", tmp_path / "merged", *options)
+    assert result.json["task"] == "depth"
+    assert all(0 <= value <= 1e-4 for value in result.json["max_difference"].values())
+    separate = predict(tmp_path / "a", "--adapter", adapter, "--task", "depth", "--save-logits")
+    merged = predict(tmp_path / "b", "--save-logits", weights=tmp_path / "merged")
+    expected = separate.logits["depth"]
+    np.testing.assert_allclose(
+        merged.logits["low_res_logits"][0], expected, atol=1e-4 * expected.std()
+    )
+    base = predict(tmp_path / "c", "--save-logits").logits["low_res_logits"][0]
+    assert np.abs(base - expected).max() > expected.std()
+
+
+def test_merged_for_a_task_of_several_channels(call, predict, files, adapter, tmp_path):
+    rest = tmp_path / "rest.safetensors"
+    options = ("--weights", files / "small", "--adapter", adapter, "--task", "normals")
+    result = call("merge", tmp_path / "merged", *options, "--rest", rest, "--json")
+    assert result.json["rest"] == str(rest) and result.json["rest_numbers"] > 0
+    assert peft.read(rest).adapter_bytes == 0
+    predicted = []
+    for name, weights, file in (("a", "small", adapter), ("b", tmp_path / "merged", rest)):
+        arguments = ("--adapter", file, "--task", "normals", "--save-logits")
+        predicted.append(predict(tmp_path / name, *arguments, weights=weights).logits["normals"])
+    np.testing.assert_allclose(*predicted, atol=1e-4 * predicted[0].std())
+
+
+def test_what_is_refused(call, predict, assert_refused, files, adapter, trained, tmp_path):
+    out, masks = tmp_path / "out", files / "run/adapter.safetensors"
+    all_of_them = "dense.safetensors is an adapter of dense tasks, segmentation, depth, normals, "
+    no_tasks = "is an adapter for masks and has no tasks: leave out --task"
+
+    def refused(message, *options):
+        assert_refused(predict(out, *options), message)
+
+    # Weights that there are not: all this is said before they are read.
+    def refused_early(message, *options):
+        assert_refused(predict(out, *options, weights="absent"), message)
+
+    refused_early("no task 'dept'; the nearest is depth", "--adapter", adapter, "--task", "dept")
+    refused_early(f"{all_of_them}edges: choose one with --task, or", "--adapter", adapter)
+    refused_early(no_tasks, "--adapter", masks, "--task", "all")
+    refused_early("--task needs --adapter", "--task", "all")
+    for flag in (("--box", "1,1,9,9"), ("--point", "1,1,1"), ("--mask", "x"), ("--multimask",)):
+        message = f"and {flag[0]} is for masks: leave one of them out"
+        refused_early(message, "--adapter", adapter, "--task", "depth", *flag)
+    refused(
+        "not a positive multiple of 16",
+        "--adapter",
+        adapter,
+        "--task",
+        "depth",
+        "--image-size",
+        "9",
+    )
+
+    def merge_refused(message, file, *options):
+        arguments = ("--weights", files / "absent", "--adapter", file, *options)
+        assert_refused(call("merge", out, *arguments), message)
+
+    merge_refused(f"{all_of_them}edges: choose one with --task", adapter)
+    merge_refused(no_tasks, masks, "--task", "depth")
+    merge_refused("no task 'egdes'; the nearest is edges", adapter, "--task", "egdes")
+    merge_refused("normals has 3 channels, and SAM has the row", adapter, "--task", "normals")
+
+    convert = ("convert-adapter", adapter, out, "--weights", files / "absent", "--to", "peft")
+    assert_refused(call(*convert), "and dense tasks have one each: `samjax merge --task NAME")
+    assert_refused(call("arch", adapter), "dense.safetensors")
+    assert list(tmp_path.iterdir()) == []
