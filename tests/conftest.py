@@ -40,7 +40,7 @@ ASSETS = Path(os.environ.get("SAMJAX_TEST_ASSETS", REPO / "../shared"))
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What workers of pytest-xdist take at a time: a file; of the laws, a method in a model.
+    """What workers of pytest-xdist take at a time: a file; of the laws, a method in an encoder.
 
     Fixtures and what JAX compiled are a worker's own, and tests of a group share them.
     """
@@ -51,8 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _group(item: pytest.Item) -> str:
     group = str(item.path)
     if callspec := getattr(item, "callspec", None):
-        case = (callspec.params.get(name) for name in ("model_and_params", "case"))
-        group += "".join(f" {name}" for name in case if name)
+        group += f" {callspec.params.get('case', '')}"
     return group
 
 

@@ -107,18 +107,23 @@ class Case:
         return TaskObjective() if isinstance(self.model, MSam) else MaskObjective()
 
 
-@pytest.fixture(scope="module", params=("vit", "tiny_vit"))
-def model_and_params(request):
-    name = {"vit": "small", "tiny_vit": "tiny"}[request.param]
-    params = jax.tree.map(jnp.asarray, request.getfixturevalue(f"{name}_params"))
-    return request.getfixturevalue(f"{name}_model"), params
+def cases():
+    """Each method in each encoder; of a method's other settings, those in TinyViT are slow."""
+    for encoder in ("vit", "tiny_vit"):
+        for name in METHODS:
+            slow = encoder == "tiny_vit" and name not in RECIPES
+            marks = [pytest.mark.slow] if slow else []
+            yield pytest.param((encoder, name), id=f"{encoder}-{name}", marks=marks)
 
 
-@pytest.fixture(scope="module", params=METHODS)
-def case(request, model_and_params) -> Case:
-    """Methods of dense tasks are in a model of three, whose decoders differ a little."""
-    model, base = model_and_params
-    params, method = base, METHODS[request.param]
+@pytest.fixture(scope="module", params=cases())
+def case(request) -> Case:
+    """Methods of dense tasks are in a model of three."""
+    encoder, name = request.param
+    fixture = {"vit": "small", "tiny_vit": "tiny"}[encoder]
+    model = request.getfixturevalue(f"{fixture}_model")
+    base = jax.tree.map(jnp.asarray, request.getfixturevalue(f"{fixture}_params"))
+    params, method = base, METHODS[name]
     dense = RECIPES[method.method].dense
     if dense:
         model = MSam(model.config, tasks=TASKS)
@@ -127,7 +132,7 @@ def case(request, model_and_params) -> Case:
     tree = peft.attach(spec, model, params, jax.random.key(0))
     variables = {"params": params, "peft": tree}
     moved, again = (disturb(spec, model, variables, seed) for seed in (1, 2))
-    return Case(request.param, model, base, spec, variables, moved, again)
+    return Case(name, model, base, spec, variables, moved, again)
 
 
 def batch(size: int = 2) -> dict[str, np.ndarray]:
