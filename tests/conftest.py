@@ -49,10 +49,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _group(item: pytest.Item) -> str:
-    group = str(item.path)
-    if callspec := getattr(item, "callspec", None):
-        group += f" {callspec.params.get('case', '')}"
-    return group
+    callspec = getattr(item, "callspec", None)
+    case = callspec.params.get("case") if callspec else None
+    return str(item.path) if case is None else f"{item.path} {case}"
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
