@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from samjax.tasks import CLASSES, IGNORE, Task
+from samjax.tasks import IGNORE, Task
 from samjax.training.task_losses import unit
 
 # Numbers from the least to the largest, equally spaced; dark to light, as viridis.
@@ -65,11 +65,14 @@ def picture_of(
     if task.loss == "cross_entropy":
         palette = np.array([*_palette(task.channels), _UNKNOWN], np.uint8)
         return palette[np.where(values == IGNORE, task.channels, values)]
-    if task.loss in CLASSES:  # a truth of yes and no, or a probability
-        shares = values if values.ndim == 3 else np.clip(values, 0, 1)[..., None]
-        return _scaled(shares[..., 0], 0.0, 1.0)
-    colors = _scaled(values[..., 0], *limits)
-    colors[values[..., 0] == 0] = _UNKNOWN
+    if task.loss == "balanced_bce":  # a truth of yes and no, or a probability
+        values = values if values.ndim == 2 else values[..., 0]
+        unknown, limits = values == IGNORE, (0.0, 1.0)
+    else:
+        values = values[..., 0]
+        unknown = values == 0
+    colors = _scaled(values, *limits)
+    colors[unknown] = _UNKNOWN
     return colors
 
 
