@@ -7,6 +7,7 @@ The folder of a comparison holds the run folders LABEL/seed_SEED, and the files 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from samjax import peft as peft_lib
-from samjax.comparison import Comparison, Row, write
+from samjax.comparison import Comparison, Row, with_gains, write
 from samjax.config import Config
 from samjax.files import check_writable, read_record, writing
 from samjax.lock import check_free, run_lock
@@ -26,6 +27,9 @@ from samjax.terminal import Interrupted
 from samjax.training.loop import check_stages
 
 _SUMMARY = "summary.json"
+# What dense tasks are measured against, where nothing else is asked for: no task is helped, and
+# none is harmed by another.
+_BASELINE = "lora_stl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,15 +125,48 @@ def earlier_runs(config: Config, runs: Sequence[Run], out: Path, console: Consol
     return found
 
 
+def choose_baseline(
+    config: Config, runs: Sequence[Run], earlier: Sequence[Run], asked: str | None
+) -> str | None:
+    """The method of a comparison of dense tasks that the others' gain is over.
+
+    The one `asked` for, else lora_stl with whatever settings, else the first; None for masks.
+    Raises ValueError where a baseline is asked for that is not there, or of masks.
+    """
+    if not config.tasks:
+        if asked is not None:
+            raise ValueError("a baseline is what dense tasks are measured against: leave it out")
+        return None
+    methods = list(dict.fromkeys(run.method for run in _shown(runs, earlier)))
+    if asked is None:
+        return next((text for text in methods if text.split(":")[0] == _BASELINE), methods[0])
+    if asked not in methods:
+        nearest = difflib.get_close_matches(asked, methods, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"the baseline {asked!r} is no method of this comparison; the nearest is {nearest}, "
+            f"and it has {', '.join(methods)}"
+        )
+    return asked
+
+
+def _shown(runs: Sequence[Run], earlier: Sequence[Run]) -> list[Run]:
+    """By the first seed the methods stand as they were asked for, whichever command did."""
+    return sorted((*earlier, *runs), key=lambda run: run.config.seed)
+
+
 def compare(
-    runs: Sequence[Run], out: Path, console: Console, earlier: Sequence[Run] = ()
+    runs: Sequence[Run],
+    out: Path,
+    console: Console,
+    earlier: Sequence[Run] = (),
+    baseline: str | None = None,
 ) -> Comparison:
     """Trains what is not finished of `plan`'s runs, and returns the comparison, which is on disk.
 
-    It shows `earlier_runs` as well. A run that fails does not keep the others from theirs. Raises
-    ValueError, before any training, for data, weights or a method that cannot be used, RuntimeError
-    where another process compares in `out`, and `samjax.terminal.Interrupted` when the user stops
-    it.
+    It shows `earlier_runs` as well, and the gain over a `baseline` of `choose_baseline`.
+    A run that fails does not keep the others from theirs. Raises ValueError, before any training,
+    for data, weights or a method that cannot be used, RuntimeError where another process compares
+    in `out`, and `samjax.terminal.Interrupted` when the user stops it.
     """
     _check(runs, console)
     plots = importlib.util.find_spec("matplotlib") is not None
@@ -139,9 +176,8 @@ def compare(
         out.mkdir(parents=True, exist_ok=True)
     with run_lock(out):
         failures: dict[Path, str] = {}
-        # By the first seed the methods stand as they were asked for, whichever command did.
-        shown = sorted((*earlier, *runs), key=lambda run: run.config.seed)
-        comparison = _gather(shown, failures)
+        shown = _shown(runs, earlier)
+        comparison = _gather(shown, failures, baseline)
         write(comparison, out, plots)
         for i, run in enumerate(runs):
             if run.finished:
@@ -157,7 +193,7 @@ def compare(
                 # Its text alone: the traceback would keep the run's arrays.
                 failures[run.out] = " ".join(str(error).split()) or type(error).__name__
                 console.print(f"failed: {failures[run.out]}")
-            comparison = _gather(shown, failures)
+            comparison = _gather(shown, failures, baseline)
             write(comparison, out, plots)
         return comparison
 
@@ -184,7 +220,7 @@ def _train(run: Run, runs: Sequence[Run], console: Console) -> None:
     train(run.config, run.out, resume=run.started, console=console, before_in=before_in)
 
 
-def _gather(runs: Sequence[Run], failures: dict[Path, str]) -> Comparison:
+def _gather(runs: Sequence[Run], failures: dict[Path, str], baseline: str | None) -> Comparison:
     rows, summaries = [], []
     for run in runs:
         config = run.config
@@ -217,4 +253,6 @@ def _gather(runs: Sequence[Run], failures: dict[Path, str]) -> Comparison:
                 adapter_file_bytes=summary["file_bytes"],
             )
         rows.append(row)
-    return Comparison(runs[0].config, tuple(rows), tuple(summaries))
+    if baseline is not None:
+        rows = with_gains(runs[0].config, rows, baseline)
+    return Comparison(runs[0].config, tuple(rows), tuple(summaries), baseline)

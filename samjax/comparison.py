@@ -20,12 +20,15 @@ from rich.console import Console
 from rich.table import Table
 
 from samjax.config import Config
+from samjax.evaluation.task_metrics import relative_gain
 from samjax.files import write_beside, write_json
 from samjax.problems import problem_of
 from samjax.terminal import print_wide
 from samjax.training.memory import gigabytes
 
-_BASELINE = "before training"
+_UNTRAINED = "before training"
+# Of dense tasks: what sums their metrics up, over those of a baseline, in percent.
+GAIN = "gain"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Comparison:
     config: Config  # the experiment's: what the runs have in common
     rows: tuple[Row, ...]
     summaries: tuple[dict[str, Any], ...]  # of the finished runs
+    baseline: str | None = None  # the method that the others' `GAIN` is over
 
     @property
     def errors(self) -> int:
@@ -103,10 +107,10 @@ class Comparison:
         return sum(row.state == "failed" for row in self.rows)
 
     def lines(self) -> list[Line]:
-        """The baseline, where it is known, and then a line for each method."""
+        """What is before training, where it is known, and then a line for each method."""
         rows = {row.seed: row for row in self.rows if row.before}
-        baseline = Line(
-            method=_BASELINE,
+        untrained = Line(
+            method=_UNTRAINED,
             seeds=tuple(rows),
             failed=(),
             learning_rate=None,
@@ -114,7 +118,7 @@ class Comparison:
             metrics=_spreads([row.before for row in rows.values()]),
         )
         methods = dict.fromkeys(row.method for row in self.rows)
-        return [baseline] * bool(rows) + [self._line(method) for method in methods]
+        return [untrained] * bool(rows) + [self._line(method) for method in methods]
 
     def _line(self, method: str) -> Line:
         rows = [row for row in self.rows if row.method == method]
@@ -161,6 +165,7 @@ class Comparison:
         """What compare.json holds."""
         return {
             "budget": self.budget(),
+            **({"baseline": self.baseline} if self.baseline else {}),
             "methods": [line.to_json() for line in self.lines()],
             "runs": [row.to_json() for row in self.rows],
             "errors": self.errors,
@@ -175,23 +180,29 @@ class Comparison:
         for row in rows:
             table.add_row(*row)
         print_wide(table, console)
-        for text in (self.budget(), *self._failures()):
+        for text in (self.budget(), *self._notes()):
             console.print(text)
 
-    def _failures(self) -> list[str]:
-        return [
+    def _notes(self) -> list[str]:
+        """What the gain is, where there is one, and what failed."""
+        gain = (
+            f"{self._titles[GAIN]}: the mean over tasks of the mean relative gain of their metrics "
+            f"over the mean of {self.baseline}'s runs, in percent, positive where better"
+        )
+        failures = [
             f"Failed: {row.method}, seed {row.seed}: {row.error}"
             for row in self.rows
             if row.state == "failed"
         ]
+        return [gain] * (GAIN in self._metrics()) + failures
 
     def markdown(self) -> str:
-        """The methods, the budget, what failed, and the runs."""
+        """The methods, the budget, the notes, and the runs."""
         runs = [["method", "seed", "run", *(self._titles[m] for m in self._metrics()), "steps/s"]]
         for row in self.rows:
             values = [*(row.after.get(metric) for metric in self._metrics()), row.steps_per_second]
             runs.append([row.method, str(row.seed), row.state, *map(_number, values)])
-        parts = [_markdown(self._table()), self.budget(), *self._failures(), _markdown(runs)]
+        parts = [_markdown(self._table()), self.budget(), *self._notes(), _markdown(runs)]
         return "\n\n".join(parts) + "\n"
 
     def _metrics(self) -> list[str]:
@@ -201,7 +212,7 @@ class Comparison:
 
     @property
     def _titles(self) -> Mapping[str, str]:
-        return problem_of(self.config).titles
+        return {**problem_of(self.config).titles, GAIN: f"Δ over {self.baseline} (%)"}
 
     def _table(self) -> list[list[str]]:
         """The names of the columns, then the cells of each line."""
@@ -209,6 +220,24 @@ class Comparison:
         names = ["method", "learning rate", "trainable numbers", "seeds"]
         names += [*(self._titles[name] for name in metrics), *("steps/s", "memory of a step")]
         return [[*names, "adapter file"], *(_cells(line, metrics) for line in self.lines())]
+
+
+def with_gains(config: Config, rows: Sequence[Row], baseline: str) -> tuple[Row, ...]:
+    """The rows; where the baseline has finished runs, the finished ones have `GAIN` as a metric.
+
+    It is over the mean of the baseline's runs, so that the mean of a method's gains over its seeds
+    is the gain of its mean metrics.
+    """
+    means = _spreads([row.after for row in rows if row.method == baseline and row.after])
+    over = {name: spread.mean for name, spread in means.items()}
+    if not over:
+        return tuple(rows)
+
+    def with_gain(row: Row) -> Row:
+        gain = relative_gain(config.parsed_tasks(), row.after, over)
+        return dataclasses.replace(row, after={**row.after, GAIN: gain})
+
+    return tuple(with_gain(row) if row.after else row for row in rows)
 
 
 def write(comparison: Comparison, out: Path, plots: bool) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from samjax import compare as module
-from samjax.compare import compare, earlier_runs, plan
+from samjax.compare import choose_baseline, compare, earlier_runs, plan
 from samjax.config import Config
 from samjax.data.folder import FolderSource
 from samjax.peft.method_config import MethodConfig
@@ -218,6 +218,110 @@ def test_later_commands_add_to_the_table(trained, tmp_path, console):
     said = console.file.getvalue()
     assert said.count("steps was 7 and is now 8") == 5
     assert f"not in the table: {tmp_path / 'mine/seed_0'}: mine is no method" in said
+
+
+DENSE = dataclasses.replace(CONFIG, tasks=("d:1:masked_l1", "s:3:cross_entropy"))
+DENSE_METHODS = ("decoder", "lora_stl:rank=2", "ta_lora")
+
+
+@pytest.fixture
+def trained_dense(monkeypatch):
+    """Training that leaves these numbers, by method, seed and metric."""
+    monkeypatch.setattr(module, "_check", lambda runs, console: None)
+    names = ("d/absolute_error", "d/relative_error", "s/miou", "s/pixel_accuracy")
+    numbers = np.random.default_rng(0).uniform(0.2, 0.9, (3, 2, len(names)))
+
+    def train(config, out, *, resume, console, before_in):
+        out.mkdir(parents=True)
+        (out / "config.json").write_text(json.dumps(config.to_json()))
+        i = [method.partition(":")[0] for method in DENSE_METHODS].index(config.method.method)
+        summary = {
+            "before": dict.fromkeys(names, 0.5),
+            "after": dict(zip(names, numbers[i, config.seed], strict=True)),
+            **{"steps": 7, "seconds_per_step": 1.0, "file_bytes": 1, "input_size": [64, 64]},
+            **{"trainable": 1, "device": "toy", "date": "2026-01-02"},
+        }
+        (out / "summary.json").write_text(json.dumps(summary))
+
+    monkeypatch.setattr(module, "train", train)
+    return names, numbers
+
+
+@pytest.mark.parametrize("asked", [None, "decoder"])
+def test_the_gain_of_dense_tasks(trained_dense, tmp_path, console, asked):
+    """Every metric, and the gain over the mean of the baseline's runs, in each file."""
+    names, numbers = trained_dense
+    runs = plan(DENSE, DENSE_METHODS, (0, 1), tmp_path)
+    baseline = choose_baseline(DENSE, runs, (), asked)
+    assert baseline == (asked or "lora_stl:rank=2")
+    result = compare(runs, tmp_path, console, baseline=baseline)
+    over = numbers[DENSE_METHODS.index(baseline)].mean(0)
+    want = 100 * ((numbers - over) / over * np.array([-1, -1, 1, 1])).mean(-1)
+    record = json.loads((tmp_path / "compare.json").read_text())
+    assert record["baseline"] == baseline
+    untrained, *lines = record["methods"]
+    assert "gain" not in untrained
+    for line, values, gains in zip(lines, numbers, want, strict=True):
+        for name, of_seeds in zip(names, values.T, strict=True):
+            assert line[name]["mean"] == pytest.approx(of_seeds.mean())
+        assert line["gain"] == pytest.approx({"mean": gains.mean(), "deviation": gains.std(ddof=1)})
+    assert want[DENSE_METHODS.index(baseline)].mean() == pytest.approx(0)
+    with open(tmp_path / "compare.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["gain"]) for row in rows] == pytest.approx(want.T.ravel())
+    result.print(console)
+    text, table = console.file.getvalue(), (tmp_path / "compare.md").read_text()
+    cell = f"{want[2].mean():.4f} ± {want[2].std(ddof=1):.4f}"
+    assert f"over the mean of {baseline}'s runs, in percent" in text  # cells fold there
+    for said in (f"| Δ over {baseline} (%) |", "s mIoU", "d relative error", f"| {cell} |"):
+        assert said in table
+
+
+def test_gains_of_what_is_not_finished(trained_dense, tmp_path, console, monkeypatch):
+    def fail(*arguments, **options):
+        raise ValueError("none")
+
+    trained, runs = module.train, plan(DENSE, ("ta_lora", "lora_stl"), (0,), tmp_path)
+    baseline = choose_baseline(DENSE, runs, (), None)
+    monkeypatch.setattr(
+        module,
+        "train",
+        lambda config, *rest, **options: (
+            fail() if config.method.method == "lora_stl" else trained(config, *rest, **options)
+        ),
+    )
+    result = compare(runs, tmp_path, console, baseline=baseline)
+    assert [row.state for row in result.rows] == ["finished", "failed"]
+    assert "Δ" not in result.markdown() and "gain" not in result.rows[0].after
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "message"),
+    [
+        (
+            DENSE,
+            "lora_slt",
+            "the baseline 'lora_slt' is no method .*; the nearest is lora_stl:rank",
+        ),
+        (CONFIG, "decoder", "a baseline is what dense tasks are measured against"),
+    ],
+)
+def test_baselines_that_cannot_be(config, asked, message, tmp_path):
+    methods = DENSE_METHODS if config.tasks else METHODS
+    with pytest.raises(ValueError, match=message):
+        choose_baseline(config, plan(config, methods, (0,), tmp_path), (), asked)
+
+
+def test_the_baseline_of_masks_and_of_methods_without_lora_stl(tmp_path):
+    def chosen(config, *methods):
+        return choose_baseline(config, plan(config, methods, (0,), tmp_path), (), None)
+
+    assert chosen(CONFIG, "decoder", "lora") is None
+    assert chosen(DENSE, "ta_lora", "decoder") == "ta_lora"
+    assert chosen(DENSE, "ta_lora", "lora_stl") == "lora_stl"
+    earlier = plan(DENSE, ("lora_stl",), (0,), tmp_path)
+    later = plan(DENSE, ("ta_lora",), (0,), tmp_path)
+    assert choose_baseline(DENSE, later, earlier, None) == "lora_stl"
 
 
 def test_methods_of_folders():

@@ -133,19 +133,20 @@ def _median(histogram: np.ndarray) -> float:
 
 
 def relative_gain(
-    tasks: Sequence[Task],
-    found: Mapping[str, Mapping[str, float]],
-    baseline: Mapping[str, Mapping[str, float]],
+    tasks: Sequence[Task], found: Mapping[str, float], baseline: Mapping[str, float]
 ) -> float:
     """Delta_b in percent: the mean over tasks of the mean gain of their metrics over a baseline.
 
-    A metric's gain is relative, and positive where it is better (Vandenhende et al. 2021).
+    `found` and `baseline` are metrics by TASK/METRIC. A metric's gain is relative, and positive
+    where it is better (Vandenhende et al. 2021). NaN where a metric of the baseline is 0, over
+    which there is no relative gain, and where one is NaN.
     """
     gains = []
     for task in tasks:
         of_task = []
-        for name, more in task.metrics.items():
-            change = found[task.name][name] / baseline[task.name][name] - 1
+        for metric, more in task.metrics.items():
+            name = f"{task.name}/{metric}"
+            change = found[name] / baseline[name] - 1 if baseline[name] else np.nan
             of_task.append(change if more else -change)
         gains.append(np.mean(of_task))
     return float(100 * np.mean(gains))

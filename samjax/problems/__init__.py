@@ -1,7 +1,7 @@
 """What a run learns: masks from prompts, or dense tasks.
 
 All that differs between them is in a `Problem`: data, model, loss, metrics, pictures. Runs,
-comparisons and the loop know no more of it.
+comparisons and the loop know no more of it, but for the gain that comparisons of tasks sum up by.
 """
 
 from __future__ import annotations

@@ -38,6 +38,9 @@ class Compare:
     --decoder-learning-rate hold for all."""
     seeds: tuple[int, ...] = ()
     """Seeds that each method is trained with; left out, the experiment's own."""
+    baseline: str | None = None
+    """Of dense tasks: the method, written as in --methods, over which the gain of each is told, the
+    mean relative gain of its metrics; left out, lora_stl where it is there, else the first."""
     json: bool = False
     """Print one JSON object, on one line, last on stdout."""
 
@@ -48,13 +51,14 @@ def run(argv: list[str], console: Console) -> Outcome:
     out = Path("runs") / f"compare_{Path(argv[0]).stem}"
     default = Compare(config=experiment.config, out=out)
     args = parse(Compare, argv[1:], "samjax compare EXPERIMENT.py", default, experiment.doc)
-    from samjax.compare import compare, earlier_runs, plan
+    from samjax.compare import choose_baseline, compare, earlier_runs, plan
 
     runs = plan(args.config, args.methods, args.seeds or (args.config.seed,), args.out)
     # Before `prepare`, which may download, only what needs no data and no weights is checked.
-    experiment.prepare(args.config, console)
     earlier = earlier_runs(args.config, runs, args.out, console)
-    comparison = compare(runs, args.out, console, earlier)
+    baseline = choose_baseline(args.config, runs, earlier, args.baseline)
+    experiment.prepare(args.config, console)
+    comparison = compare(runs, args.out, console, earlier, baseline)
     comparison.print(console)
     if args.json:
         return comparison.to_json(), True

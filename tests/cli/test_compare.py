@@ -57,6 +57,14 @@ def test_two_methods_of_which_one_fails(call, arguments, tmp_path, monkeypatch):
         (("--methods", "lora", "lora:rank=10000"), "lora:rank=10000: "),
         (("--methods", "lora", "--data", "absent"), "does not exist"),
         (("--methods", "lora", "--weights", "absent"), "absent"),
+        (
+            ("--methods", "lora", "--baseline", "lora"),
+            "a baseline is what dense tasks are measured",
+        ),
+        (
+            ("--methods", "lora_hps", "decoder", "--tasks", "nyuv2", "--baseline", "decode"),
+            "the baseline 'decode' is no method of this comparison; the nearest is decoder, and",
+        ),
     ],
 )
 def test_refused_before_any_training(call, arguments, tmp_path, flags, message):

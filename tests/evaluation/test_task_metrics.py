@@ -114,11 +114,38 @@ def test_nothing_known_is_nan():
 
 def test_relative_gain():
     """Two metrics of a task weigh together as much as the five of another."""
-    baseline = {task.name: dict.fromkeys(task.metrics, 1.0) for task in NYUV2}
+    baseline = {f"{task.name}/{metric}": 1.0 for task in NYUV2 for metric in task.metrics}
     better = {
-        "segmentation": {"miou": 1.2, "pixel_accuracy": 1.0},
-        "depth": {"absolute_error": 0.8, "relative_error": 0.8},
-        "normals": {**baseline["normals"], "within_30": 0.5},
+        **baseline,
+        "segmentation/miou": 1.2,
+        "depth/absolute_error": 0.8,
+        "depth/relative_error": 0.8,
+        "normals/within_30": 0.5,
     }
     assert relative_gain(NYUV2, better, baseline) == pytest.approx((10 + 20 - 10) / 3)
     assert relative_gain(NYUV2, baseline, baseline) == 0
+
+
+def test_relative_gain_is_its_definition():
+    """1/T sum_t 1/N_t sum_i (-1)^(less is better) (M - B) / B, of signs and sizes written here."""
+    less = {
+        "segmentation": {"miou": 0, "pixel_accuracy": 0},
+        "depth": {"absolute_error": 1, "relative_error": 1},
+        "normals": {
+            **{"mean_angle": 1, "median_angle": 1},
+            **{"within_11.25": 0, "within_22.5": 0, "within_30": 0},
+        },
+        "edges": {"max_f": 0, "iou": 0},
+    }
+    names = [f"{task}/{metric}" for task, metrics in less.items() for metric in metrics]
+    found, baseline = RNG.uniform(0.1, 30, (2, len(names)))
+    signs = (-1.0) ** np.array([sign for metrics in less.values() for sign in metrics.values()])
+    shares = np.repeat([1 / len(metrics) for metrics in less.values()], [2, 2, 5, 2]) / 4
+    want = 100 * np.sum(shares * signs * (found - baseline) / baseline)
+    tasks = (*NYUV2, EDGES)
+    got = relative_gain(tasks, *(dict(zip(names, row, strict=True)) for row in (found, baseline)))
+    assert got == pytest.approx(want, rel=1e-12)
+    # Over nothing there is no relative gain, and neither is there one of what is unknown.
+    for value in (0.0, np.nan):
+        unlike = {**dict.fromkeys(names, 1.0), "depth/absolute_error": value}
+        assert np.isnan(relative_gain(tasks, dict.fromkeys(names, 1.0), unlike))
