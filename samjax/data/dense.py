@@ -55,7 +55,7 @@ class DenseDataset(DenseSource, Protocol):
         """The samples' names in order, known without reading them."""
 
     def check_sizes(self) -> None:
-        """Reads the first sample, since sizes stand in arrays alone. Raises as reading does."""
+        """Reads what of sizes stands in headers, and the first sample. Raises as reading does."""
 
 
 def open_dense(data: str, split: str, tasks: Sequence[Task]) -> DenseDataset:
@@ -87,6 +87,22 @@ def open_dense(data: str, split: str, tasks: Sequence[Task]) -> DenseDataset:
     return dense_folder.DenseFolder(root, split, tasks)
 
 
+def check_truth_shape(
+    shape: tuple[int, ...], task: Task, size: tuple[int, ...], where: str | Path
+) -> None:
+    """Raises ValueError, which calls the array `where`, for a shape that no truth of the task has.
+
+    It is that of the image, (h, w) `size`, alone where there is one number a pixel, or with the
+    number of channels after it.
+    """
+    channels = 1 if task.loss in CLASSES else task.channels
+    if shape != (*size, channels) and not (channels == 1 and shape == size):
+        needed = [*size] if task.loss in CLASSES else [*size, channels]
+        raise ValueError(
+            f"{where} is {list(shape)}, and task {task.name} needs {needed} for its image"
+        )
+
+
 def checked_truth(
     array: np.ndarray, task: Task, size: tuple[int, ...], where: str | Path
 ) -> np.ndarray:
@@ -95,10 +111,9 @@ def checked_truth(
     `array` is (h, w) or (h, w, channels), of any type of numbers. Raises ValueError, which calls it
     `where`, for what cannot be a truth of the task.
     """
+    check_truth_shape(array.shape, task, size, where)
     if task.loss in CLASSES:
-        array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
-        if array.shape != size:
-            raise ValueError(f"{where} is {list(array.shape)}, and its image is {list(size)}")
+        array = array.reshape(size)
         wrong = ~((array >= IGNORE) & (array < task.classes) & (array == np.floor(array)))
         if wrong.any():
             raise ValueError(
@@ -106,13 +121,7 @@ def checked_truth(
                 f"to {task.classes - 1}, and {IGNORE} where a pixel does not count"
             )
         return array.astype(np.int32)
-    array = array[..., None] if array.ndim == 2 else array
-    if array.shape != (*size, task.channels):
-        raise ValueError(
-            f"{where} is {list(array.shape)}, and task {task.name} needs "
-            f"{[*size, task.channels]} for its image"
-        )
-    array = array.astype(np.float32)
+    array = array.reshape(*size, task.channels).astype(np.float32)
     if not np.isfinite(array).all():
         raise ValueError(f"{where} has values that are not finite; unknown pixels are 0")
     if task.loss == "masked_l1" and (array < 0).any():

@@ -16,18 +16,22 @@ many classes, and the inverse of a depth, or disparity, in `depth`.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from samjax.data.dense import DenseSample, checked_truth
-from samjax.data.images import read_image
+from samjax.data.dense import DenseSample, check_truth_shape, checked_truth
+from samjax.data.images import image_size, read_image
 from samjax.tasks import Task
 
 IMAGES = "image"
 # The literature's names of the splits.
 SPLITS = {"train": "train", "test": "val"}
+# NumPy parses headers by `ast`, which in Python 3.11 fails where threads do so at the same time
+# (SystemError: AST constructor recursion depth mismatch).
+_HEADER = threading.Lock()
 
 
 def folders_of(task: Task) -> tuple[str, ...]:
@@ -71,7 +75,12 @@ class DenseFolder:
         self.names = tuple(sorted(self._images, key=_natural))
 
     def check_sizes(self) -> None:
-        """Reads the first sample: sizes stand in the arrays alone. Raises as reading does."""
+        """Reads the headers of all files, and the first sample. Raises as reading does."""
+        for name in self.names:
+            size = _image_size(self._images[name])
+            for task in self._tasks:
+                file = self._truths[task.name][name]
+                check_truth_shape(_mapped(file).shape, task, size, file)
         self[0]
 
     def __len__(self) -> int:
@@ -116,20 +125,38 @@ def _natural(name: str) -> tuple[tuple[int, str], ...]:
 
 
 def _load(path: Path) -> np.ndarray:
+    return np.array(_mapped(path))
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """An array whose numbers are read when they are asked for."""
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        with _HEADER:
+            return np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be read as an array ({error}): replace it") from None
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    """(height, width), from the header."""
+    if path.suffix != ".npy":
+        return image_size(path)
+    height, width, _ = _check_rgb(_mapped(path), path).shape
+    return height, width
 
 
 def _read_rgb(path: Path) -> np.ndarray:
     if path.suffix != ".npy":
         return read_image(path)
-    image = _load(path)
-    if image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"{path} is {list(image.shape)}, and an image is (height, width, 3)")
+    image = _check_rgb(_load(path), path)
     if image.dtype == np.uint8:
         return image
     if not (image.min() >= 0 and image.max() <= 1):
         raise ValueError(f"{path} has values outside [0, 1], between which an image's lie")
     return np.round(image * 255).astype(np.uint8)
+
+
+def _check_rgb(image: np.ndarray, path: Path) -> np.ndarray:
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"{path} is {list(image.shape)}, and an image is (height, width, 3)")
+    return image
