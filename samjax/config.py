@@ -138,6 +138,7 @@ class Config:
                 raise ValueError("keep best compares validations: set validate_every, or keep last")
             if self.patience is not None:
                 raise ValueError("patience counts validations: set validate_every, or leave it out")
+        self._check_tasks()
         if self.objects == "each" and (self.prompts.none or self.evaluation_prompt == "none"):
             raise ValueError(
                 "with objects each a prompt must tell which object is meant: set prompts.none to 0 "
@@ -155,7 +156,6 @@ class Config:
                 "a stage with split takes half of each batch from each half of the data: choose an "
                 f"even number of images, not {self.batch_size // self.accumulate} at a time"
             )
-        self._check_tasks()
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2**32), not {self.seed}")
         if not math.isfinite(self.epochs):
