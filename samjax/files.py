@@ -64,6 +64,21 @@ def made_folder(folder: Path) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Makes a folder that is not there yet; on an error it is gone again, with all that is in it.
+
+    Raises FileExistsError where it is there, and OSError with one sentence where the disk refuses.
+    """
+    with writing(folder):
+        folder.mkdir()
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def read_record(file: Path, mend: str) -> dict[str, Any]:
     """The JSON object in a file. Raises ValueError where it is damaged, with how to `mend` that."""
     try:

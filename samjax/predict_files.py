@@ -19,11 +19,9 @@ from samjax.peft import Adapter, read
 from samjax.predictor import SamPredictor
 from samjax.prompting import Prompt, check_prompt
 from samjax.task_predictor import TaskPredictor
-from samjax.tasks import Task, find
+from samjax.tasks import ALL, Task, find
 from samjax.viz import overlay
 from samjax.viz_tasks import picture_of, range_of, with_bar
-
-ALL = "all"
 
 
 def predict_files(

@@ -25,6 +25,8 @@ METRICS: dict[str, dict[str, bool]] = {
 }
 # Truth of a pixel that does not count, where truths are classes.
 IGNORE = -1
+# Stands for every task where one is named.
+ALL = "all"
 # Of losses whose truth is a class, (h, w) int32; of others it is (h, w, channels) float32.
 CLASSES = ("cross_entropy", "balanced_bce")
 
@@ -40,8 +42,8 @@ class Task:
 
     As text it is NAME:CHANNELS:LOSS:WEIGHT, which `parse` reads.
 
-    Raises ValueError for a name that is no identifier, a loss that there is not, and channels that
-    do not suit it.
+    Raises ValueError for a name that is no identifier or is `ALL`, a loss that there is not, and
+    channels that do not suit it.
     """
 
     name: str
@@ -52,6 +54,8 @@ class Task:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z]\w*", self.name):
             raise ValueError(f"a task's name is an identifier, such as depth, not {self.name!r}")
+        if self.name == ALL:
+            raise ValueError(f"a task cannot be named {ALL}, which stands for all of them")
         if self.loss not in LOSSES:
             nearest = difflib.get_close_matches(self.loss, LOSSES, n=1, cutoff=0.0)[0]
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from samjax.arguments import Outcome, parse
+from samjax.tasks import ALL, Task, find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +21,14 @@ class Merge:
     Of an adapter of dense tasks, --task NAME chooses one. A task of one channel, such as depth,
     becomes weights of SAM whose single mask without a prompt is the task's map. Of one of several
     channels the image encoder goes into the weights, beside SAM's own decoder, and the task's rows
-    and decoder into --rest, an adapter for them.
+    and decoder into --rest, an adapter for them. --task all does so for each task: DST is a folder
+    of what --task NAME writes, by the tasks' names, and so is --rest.
 
     Example: samjax merge --weights mobile_sam.pt --adapter adapter.safetensors merged
     """
 
     dst: Positional[Path]
-    """Where to write; must not exist."""
+    """Where to write; must not exist. With --task all, a folder."""
     weights: str
     """The weights that the adapter was trained on."""
     adapter: Path
@@ -35,9 +38,10 @@ class Merge:
     transformers' SamModel."""
     rest: Path | None = None
     """Where what cannot fold into a layer, or is not in SAM, goes: an adapter for the merged
-    weights, as small as it gets. Left out, such an adapter is refused."""
+    weights, as small as it gets; with --task all, a folder of these. Left out, an adapter that
+    needs it is refused."""
     task: str | None = None
-    """Of an adapter of dense tasks: the name of the one to merge for."""
+    """Of an adapter of dense tasks: the name of the one to merge for, or all."""
     model: str | None = None
     """What the weights are, such as vit_b or medsam; left out, the adapter knows it."""
     verify: bool = True
@@ -50,38 +54,54 @@ class Merge:
         from samjax import peft
         from samjax.files import check_parent
         from samjax.loading import load_with
-        from samjax.tasks import find
-        from samjax.weights import check_destination
 
-        check_destination(self.dst, self.to)
+        self._check_destination()
         if self.rest is not None:
             check_parent(self.rest)
-            if self.rest.exists():
+            if self.rest.exists() or self.rest.absolute() == self.dst.absolute():
                 raise FileExistsError(f"{self.rest} exists already; choose another --rest")
         file = peft.read(self.adapter)
-        if self.task is None and file.tasks:
-            names = ", ".join(task.name for task in file.tasks)
-            raise ValueError(
-                f"{self.adapter} is an adapter of dense tasks, {names}: choose one with --task"
-            )
-        if self.task is not None:
-            if not file.tasks:
-                raise ValueError(
-                    f"{self.adapter} is an adapter for masks and has no tasks: leave out --task"
-                )
-            channels = find(file.tasks, self.task).channels
-            if channels > 1 and self.rest is None:
-                raise ValueError(
-                    f"{self.task} has {channels} channels, and SAM has the row and the mask of "
-                    "one; with --rest FILE, its rows and its decoder become an adapter for the "
-                    "merged weights"
-                )
+        tasks = self._tasks(file)
         adapted = load_with(self.weights, file, str(self.adapter), model=self.model)
-        check_destination(self.dst, self.to, adapted[0].config)
-        merge = self._merge if self.task is None else self._merge_task
-        result = merge(console, file, *adapted)
+        self._check_destination(adapted[0].config)
+        if self.task == ALL:
+            result = self._merge_tasks(console, file, tasks, *adapted)
+        else:
+            merge = self._merge_task if tasks else self._merge
+            result = merge(console, file, *adapted)
         console.print(f"{self.adapter} merged into {self.weights}; written to {self.dst}")
         return result
+
+    def _check_destination(self, config: Any = None) -> None:
+        from samjax.weights import check_destination
+
+        folder_of_files = self.task == ALL and self.to == "meta"  # which has no suffix
+        check_destination(self.dst, "samjax" if folder_of_files else self.to, config)
+
+    def _tasks(self, file: Any) -> tuple[Task, ...]:
+        """The tasks to merge for; () for masks. Raises ValueError where they cannot be."""
+        if self.task is None:
+            if not file.tasks:
+                return ()
+            names = ", ".join(task.name for task in file.tasks)
+            raise ValueError(
+                f"{self.adapter} is an adapter of dense tasks, {names}: choose one with --task, or "
+                f"--task {ALL}"
+            )
+        if not file.tasks:
+            raise ValueError(
+                f"{self.adapter} is an adapter for masks and has no tasks: leave out --task"
+            )
+        tasks = file.tasks if self.task == ALL else (find(file.tasks, self.task),)
+        wide = next((task for task in tasks if task.channels > 1), None)
+        if wide is not None and self.rest is None:
+            where = "FOLDER" if self.task == ALL else "FILE"
+            raise ValueError(
+                f"{wide.name} has {wide.channels} channels, and SAM has the row and the mask of "
+                f"one; with --rest {where}, its rows and its decoder become an adapter for the "
+                "merged weights"
+            )
+        return tasks
 
     def _merge(
         self, console: Console, file: Any, model: Any, params: Any, records: Any
@@ -109,6 +129,35 @@ class Merge:
             self._write(model, folded.params)
             self._tell_no_rest(console)
         return result
+
+    def _merge_tasks(
+        self,
+        console: Console,
+        file: Any,
+        tasks: tuple[Task, ...],
+        model: Any,
+        params: Any,
+        records: Any,
+    ) -> dict[str, Any]:
+        """Of an adapter of dense tasks, for each of them."""
+        from samjax.files import new_folder
+
+        results = {}
+        suffix = ".safetensors" if self.to == "meta" else ""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(new_folder(self.dst))
+            if self.rest is not None and any(task.channels > 1 for task in tasks):
+                stack.enter_context(new_folder(self.rest))
+            for task in tasks:
+                console.print(f"{task.name}:")
+                alone = dataclasses.replace(
+                    self,
+                    task=task.name,
+                    dst=self.dst / f"{task.name}{suffix}",
+                    rest=self.rest and self.rest / f"{task.name}.safetensors",
+                )
+                results[task.name] = alone._merge_task(console, file, model, params, records)
+        return {**self._result(model), "task": ALL, "tasks": results}
 
     def _merge_task(
         self, console: Console, file: Any, model: Any, params: Any, records: Any

@@ -88,6 +88,53 @@ def test_merged_for_a_task_of_several_channels(call, predict, files, adapter, tm
     np.testing.assert_allclose(*predicted, atol=1e-4 * predicted[0].std())
 
 
+def test_merged_for_all_tasks(call, predict, files, adapter, tmp_path):
+    """Weights for each task, and an adapter beside those of several channels."""
+    merged, rests = tmp_path / "merged", tmp_path / "rests"
+    options = ("--weights", files / "small", "--adapter", adapter, "--task", "all", "--no-verify")
+    result = call("merge", merged, *options, "--rest", rests, "--json")
+    assert result.json["dst"] == str(merged) and list(result.json["tasks"]) == list(NAMES)
+    assert sorted(os.listdir(merged)) == sorted(NAMES)
+    assert sorted(os.listdir(rests)) == ["normals.safetensors", "segmentation.safetensors"]
+    maps = ("--adapter", adapter, "--task", "all", "--save-logits")
+    expected = predict(tmp_path / "together", *maps).logits
+    for name in NAMES:
+        assert result.json["tasks"][name]["dst"] == str(merged / name)
+        out, rest, own = tmp_path / "of" / name, rests / f"{name}.safetensors", ()
+        if rest.exists():
+            own = ("--adapter", rest, "--task", name)
+        logits = predict(out, *own, "--save-logits", weights=merged / name).logits
+        found = logits[name] if own else logits["low_res_logits"][0]
+        np.testing.assert_allclose(found, expected[name], atol=1e-4 * expected[name].std())
+
+
+def test_merged_for_all_tasks_as_files(call, files, adapter, tmp_path):
+    options = ("--weights", files / "small", "--adapter", adapter, "--task", "all", "--no-verify")
+    options = (*options, "--rest", tmp_path / "rests", "--to", "meta")
+    assert call("merge", tmp_path / "merged", *options).code == 0
+    names = [f"{name}.safetensors" for name in sorted(NAMES)]
+    assert sorted(os.listdir(tmp_path / "merged")) == names
+
+
+def test_merging_all_tasks_leaves_nothing_where_one_fails(
+    call, files, adapter, tmp_path, monkeypatch
+):
+    from samjax import weights
+
+    write = weights.write_weights
+
+    def fail(path, *arguments):
+        if path.name == "normals":
+            raise OSError(f"{path} cannot be written")
+        write(path, *arguments)
+
+    monkeypatch.setattr(weights, "write_weights", fail)
+    options = ("--weights", files / "small", "--adapter", adapter, "--task", "all", "--no-verify")
+    result = call("merge", tmp_path / "merged", *options, "--rest", tmp_path / "rests")
+    assert result.code == 1 and result.err.splitlines()[-1].endswith("normals cannot be written")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_refused(call, predict, assert_refused, files, adapter, trained, tmp_path):
     out, masks = tmp_path / "out", files / "run/adapter.safetensors"
     all_of_them = "dense.safetensors is an adapter of dense tasks, segmentation, depth, normals, "
@@ -125,6 +172,11 @@ def test_what_is_refused(call, predict, assert_refused, files, adapter, trained,
     merge_refused(no_tasks, masks, "--task", "depth")
     merge_refused("no task 'egdes'; the nearest is edges", adapter, "--task", "egdes")
     merge_refused("normals has 3 channels, and SAM has the row", adapter, "--task", "normals")
+    all_tasks = ("--task", "all")
+    merge_refused("of one; with --rest FOLDER, its rows and its decoder", adapter, *all_tasks)
+    merge_refused(no_tasks, masks, *all_tasks)
+    merge_refused("out exists already; choose another --rest", adapter, *all_tasks, "--rest", out)
+    merge_refused("there is no directory", adapter, *all_tasks, "--rest", out / "rests")
 
     convert = ("convert-adapter", adapter, out, "--weights", files / "absent", "--to", "peft")
     assert_refused(call(*convert), "and dense tasks have one each: `samjax merge --task NAME")
