@@ -13,7 +13,7 @@ from samjax.nn import Context
 from samjax.peft.ta_lora import orthogonality
 from samjax.preprocess import upsample
 from samjax.training.objective import Loss, with_added
-from samjax.training.task_losses import task_loss
+from samjax.training.task_losses import known_pixels, task_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,9 @@ class TaskObjective:
 
     The loss is sum_t w_t L_t with the tasks' own weights; with `uncertainty` it is
     sum_t (exp(-s_t) L_t + s_t) / 2, whose s_t, the logarithm of a task's variance, is a leaf of the
-    model (Kendall, Gal and Cipolla 2018; one form for all losses, as LibMTL has it). The terms are
-    loss_TASK, weight_TASK with `uncertainty`, and orthogonality with TA-LoRA.
+    model (Kendall, Gal and Cipolla 2018; one form for all losses, as LibMTL has it). A task of
+    which the batch knows no pixel has no part in either sum: its variance would fall without
+    reason. The terms are loss_TASK, weight_TASK with `uncertainty`, and orthogonality with TA-LoRA.
     """
 
     uncertainty: bool = False
@@ -45,7 +46,14 @@ class TaskObjective:
         if self.uncertainty:
             variances = model.apply(variables, method="log_variances")
             weights = {name: jnp.exp(-variances[name]) / 2 for name in losses}
-            loss = sum(weights[name] * losses[name] + variances[name] / 2 for name in losses)
+            seen = {
+                task.name: jnp.any(known_pixels(task, batch["truth"][task.name]))
+                for task in model.tasks
+            }
+            loss = sum(
+                weights[name] * losses[name] + jnp.where(seen[name], variances[name] / 2, 0.0)
+                for name in losses
+            )
             terms |= {f"weight_{name}": value for name, value in weights.items()}
         else:
             loss = sum(task.weight * losses[task.name] for task in model.tasks)

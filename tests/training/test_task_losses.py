@@ -1,4 +1,6 @@
-"""Losses of dense tasks against NumPy in float64."""
+"""Losses of dense tasks, and what a step minimises, against NumPy in float64."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -7,20 +9,21 @@ import pytest
 
 from samjax.tasks import NYUV2, PASCAL_CONTEXT, Task, find, parse
 from samjax.training.task_losses import task_loss
+from samjax.training.task_objective import TaskObjective
 
 RNG = np.random.default_rng(0)
 TASKS = (*NYUV2, find(PASCAL_CONTEXT, "edges"))
 SHAPE = (2, 9, 11)
 
 
-def case(task, known=0.7):
+def case(task, known=0.7, shape=SHAPE):
     """Maps and a truth in which some pixels do not count."""
-    maps = RNG.normal(size=(SHAPE[0], task.channels, *SHAPE[1:])).astype(np.float32)
-    counts = RNG.random(SHAPE) < known
+    maps = RNG.normal(size=(shape[0], task.channels, *shape[1:])).astype(np.float32)
+    counts = RNG.random(shape) < known
     if task.loss == "cross_entropy":
-        return maps, np.where(counts, RNG.integers(0, task.channels, SHAPE), -1).astype(np.int32)
+        return maps, np.where(counts, RNG.integers(0, task.channels, shape), -1).astype(np.int32)
     if task.loss == "balanced_bce":
-        return maps, np.where(counts, RNG.random(SHAPE) < 0.2, -1).astype(np.int32)
+        return maps, np.where(counts, RNG.random(shape) < 0.2, -1).astype(np.int32)
     truth = RNG.normal(size=maps.shape)
     if task.loss == "cosine":
         truth /= np.linalg.norm(truth, axis=1, keepdims=True)
@@ -30,26 +33,23 @@ def case(task, known=0.7):
 
 
 def expected(task, maps, truth):
-    maps = maps.astype(np.float64)
+    """The mean over pixels that count."""
+    maps = np.moveaxis(maps.astype(np.float64), 1, -1)
+    if task.loss in ("cross_entropy", "balanced_bce"):
+        maps, truth = maps[truth != -1], truth[truth != -1]
+    else:
+        truth = np.moveaxis(truth.astype(np.float64), 1, -1)
+        maps, truth = maps[truth.any(-1)], truth[truth.any(-1)]
+    if task.loss == "cross_entropy":
+        shares = np.exp(maps) / np.exp(maps).sum(-1, keepdims=True)
+        return -np.log(shares[np.arange(len(truth)), truth]).mean()
     if task.loss == "balanced_bce":
-        p, y = 1 / (1 + np.exp(-maps[:, 0][truth != -1])), truth[truth != -1]
-        terms = (y == 0).mean() * y * np.log(p) + (y == 1).mean() * (1 - y) * np.log(1 - p)
-        return -terms.mean()
-    total, pixels = 0.0, 0
-    for b, y, x in np.ndindex(SHAPE):
-        if task.loss == "cross_entropy":
-            if truth[b, y, x] != -1:
-                shares = np.exp(maps[b, :, y, x]) / np.exp(maps[b, :, y, x]).sum()
-                total -= np.log(shares[truth[b, y, x]])
-                pixels += 1
-        elif truth[b, :, y, x].any():
-            own, right = maps[b, :, y, x], truth[b, :, y, x].astype(np.float64)
-            if task.loss == "cosine":
-                total += 1 - own @ right / np.linalg.norm(own)
-            else:
-                total += abs(own[0] - right[0])
-            pixels += 1
-    return total / pixels
+        p = 1 / (1 + np.exp(-maps[:, 0]))
+        terms = (truth == 0).mean() * truth * np.log(p)
+        return -(terms + (truth == 1).mean() * (1 - truth) * np.log(1 - p)).mean()
+    if task.loss == "masked_l1":
+        return np.abs(maps - truth).mean()
+    return (1 - (maps * truth).sum(-1) / np.linalg.norm(maps, axis=-1)).mean()
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
@@ -75,10 +75,60 @@ def test_a_direction_of_length_zero_has_a_gradient():
     assert np.isfinite(jax.grad(lambda m: task_loss(task, m, jnp.asarray(truth)))(zeros)).all()
 
 
+VARIANCES = {"segmentation": 0.5, "depth": -0.3, "normals": 0.1, "edges": 0.8}
+WEIGHTS = {"segmentation": 1.0, "depth": 0.25, "normals": 2.0, "edges": 0.5}
+
+
+@pytest.fixture(scope="module")
+def step(dense):
+    """`step(batch)`: each task's maps, and `(loss, terms)` by fixed and by learnt weights."""
+    _, model, variables = dense
+    tasks = (dataclasses.replace(task, weight=WEIGHTS[task.name]) for task in model.tasks)
+    model = model.clone(tasks=tuple(tasks))
+    variances = {name: jnp.float32(s) for name, s in VARIANCES.items()}
+    variables = {**variables, "params": {**variables["params"], "log_variance": variances}}
+
+    @jax.jit
+    def run(variables, batch):
+        maps = model.apply(variables, batch["image"], batch["input_size"])
+        losses = (TaskObjective(learnt)(model, variables, batch, None) for learnt in (False, True))
+        return maps, *losses
+
+    return lambda batch: jax.device_get(run(variables, batch))
+
+
+@pytest.mark.parametrize("unknown", [(), ("depth", "edges"), tuple(VARIANCES)])
+def test_a_step_minimises_the_weighted_sum(dense, step, unknown):
+    """At the input's resolution, by torch; a task without labels has no part in it."""
+    torch = pytest.importorskip("torch")
+    tasks = dense[1].tasks
+    images = RNG.integers(0, 256, (2, 128, 128, 3), np.uint8)
+    batch = {"image": images, "input_size": np.int32([[128, 96], [64, 128]]), "truth": {}}
+    for task in tasks:
+        truth = case(task, 0.0 if task.name in unknown else 0.5, (2, 128, 128))[1]
+        truth[0, ..., 96:] = truth[1, ..., 64:, :] = -1 if truth.ndim == 3 else 0  # padding
+        batch["truth"][task.name] = truth
+    maps, (fixed, terms), (learnt, learnt_terms) = step(batch)
+    fixed_sum = learnt_sum = float(terms["orthogonality"])
+    for task in tasks:
+        loss, s = 0.0, VARIANCES[task.name]
+        if task.name not in unknown:
+            low = torch.tensor(maps[task.name])
+            full = torch.nn.functional.interpolate(low, (128, 128), mode="bilinear")
+            loss = expected(task, full.numpy(), batch["truth"][task.name])
+            fixed_sum += WEIGHTS[task.name] * loss
+            learnt_sum += (np.exp(-s) * loss + s) / 2
+        assert terms[f"loss_{task.name}"] == pytest.approx(loss, rel=1e-4)
+        assert learnt_terms[f"weight_{task.name}"] == pytest.approx(np.exp(-s) / 2)
+    assert fixed == pytest.approx(fixed_sum, rel=1e-4)
+    assert learnt == pytest.approx(learnt_sum, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("a b", 2, "cross_entropy"), "a task's name is an identifier"),
+        (("all", 2, "cross_entropy"), "a task cannot be named all, which stands for all"),
         (("a", 2, "cross_entrpy"), "unknown loss 'cross_entrpy'; the nearest is cross_entropy"),
         (("a", 1, "cross_entropy"), "needs two classes or more"),
         (("a", 2, "cosine"), "cosine has 3 channels, not 2"),
