@@ -133,6 +133,11 @@ def checked_truth(
     return array
 
 
+def has_labels(task: Task, truth: np.ndarray) -> bool:
+    """Whether some pixel of a truth counts."""
+    return bool((truth != IGNORE).any() if task.loss in CLASSES else truth.any())
+
+
 def resize_nearest(array: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """An array (h, w, ...) at another (h, w): the value where the centre of each pixel lies."""
     size = array.shape[:2]

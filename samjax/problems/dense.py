@@ -13,7 +13,7 @@ from PIL import Image
 
 from samjax.config import Config
 from samjax.data.chosen import Chosen
-from samjax.data.dense import DenseSource, open_dense
+from samjax.data.dense import DenseSource, has_labels, open_dense
 from samjax.data.dense_pipeline import dense_eval_batches, dense_train_batches
 from samjax.data.sources import Dataset
 from samjax.data.walk import Track, untracked
@@ -89,12 +89,21 @@ class DenseTasks:
         *,
         briefly: bool = False,
     ) -> Evaluation:
-        """All metrics of all tasks."""
+        """All metrics of all tasks. Raises ValueError for one without labels in the source."""
+        unlabelled = list(model.tasks)
 
         def on_batch(batch: dict[str, Any], maps: dict[str, Any]) -> None:
             advance(int(batch["valid"].sum()))
+            for truth in batch["truth"]:
+                unlabelled[:] = [t for t in unlabelled if not has_labels(t, truth[t.name])]
 
-        return evaluate_tasks(model, variables, self._eval_batches(model, source), on_batch)
+        found = evaluate_tasks(model, variables, self._eval_batches(model, source), on_batch)
+        if unlabelled:
+            raise ValueError(
+                f"task {unlabelled[0].name}: no pixel of the {len(source)} images that it is "
+                "measured on has a label: add labels, or leave the task out"
+            )
+        return found
 
     def _eval_batches(self, model: Sam, source: DenseSource) -> Any:
         batch_size = self.config.eval_batch_size

@@ -1,10 +1,16 @@
 """Metrics of dense tasks over a set against NumPy over all its pixels at once."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from samjax.config import Config
+from samjax.data.dense import DenseSample
 from samjax.evaluation.task_metrics import add, measure, relative_gain, summarize
+from samjax.problems import problem_of
+from samjax.task_predictor import TaskPredictor
 from samjax.tasks import NYUV2, Task, find
 
 RNG = np.random.default_rng(0)
@@ -55,7 +61,6 @@ def expected(task, data):
         for k in range(task.channels):
             both, either = ((ours == k) & (truth == k)).sum(), ((ours == k) | (truth == k)).sum()
             ious += [both / either] if either else []
-        assert len(ious) == task.channels - 1
         return {"miou": np.mean(ious), "pixel_accuracy": (ours == truth).mean()}
     if task.loss == "balanced_bce":
         scores = []
@@ -88,6 +93,79 @@ def test_metrics_are_those_of_all_pixels(task):
     for name, value in want.items():
         tolerance = {"median_angle": 0.2}.get(name, 1e-4)  # between pixels it is interpolated
         assert got[name] == pytest.approx(value, abs=tolerance), name
+
+
+def test_a_class_that_nothing_has_does_not_count():
+    """The last class of `batches`, neither in truths nor in predictions."""
+    task = NYUV2[0]
+    (maps, truth), *_ = batches(task)
+    counts = add(None, measure(task, jnp.asarray(maps), jnp.asarray(truth)))
+    counts["confusion"][: task.channels - 1, : task.channels - 1] = np.eye(task.channels - 1)
+    assert summarize(task, counts)["miou"] == 1.0
+
+
+def full_maps(low, resized, size):
+    """A model's maps at an image's size, as the original's `postprocess_masks`."""
+    torch = pytest.importorskip("torch")
+
+    def resize(x, to):
+        return torch.nn.functional.interpolate(x, to, mode="bilinear", align_corners=False)
+
+    full = resize(torch.tensor(low)[None], (128, 128))
+    return resize(full[..., : resized[0], : resized[1]], size)[0].numpy()
+
+
+def near(task, maps):
+    """A truth (h, w) or (h, w, channels) that lies near what maps (channels, h, w) say."""
+    counts = RNG.random(maps.shape[1:]) < 0.6
+    other = RNG.random(maps.shape[1:]) < 0.2
+    if task.loss in ("cross_entropy", "balanced_bce"):
+        said = maps.argmax(0) if task.channels > 1 else maps[0] > 0
+        truth = np.where(other, RNG.integers(0, task.classes, other.shape), said)
+        return np.where(counts, truth, -1).astype(np.int32)
+    truth = np.moveaxis(maps, 0, -1) + 0.1 * maps.std() * RNG.normal(size=(*other.shape, 1))
+    if task.loss == "cosine":
+        truth /= np.linalg.norm(truth, axis=-1, keepdims=True)
+    else:
+        truth = np.abs(truth) + 0.1
+    return np.where(counts[..., None], truth, 0).astype(np.float32)
+
+
+def test_a_set_is_measured_at_the_images_own_sizes(dense):
+    """Against torch's upsampling; the second batch has one image, and is filled up."""
+    _, model, variables = dense
+    predictor = TaskPredictor(model, variables["params"], variables["peft"])
+    samples, data = [], {task.name: [] for task in model.tasks}
+    for size, resized in (((40, 60), (85, 128)), ((64, 33), (128, 66)), ((50, 50), (128, 128))):
+        image = RNG.integers(0, 256, (*size, 3), np.uint8)
+        low, truths = predictor.predict_low_res(image), {}
+        for task in model.tasks:
+            maps = full_maps(low[task.name], resized, size)
+            truths[task.name] = truth = near(task, maps)
+            truth = truth if truth.ndim == 2 else np.moveaxis(truth, -1, 0)
+            data[task.name].append((maps[None], truth[None]))
+        samples.append(DenseSample(f"{size}", image, truths))
+    tasks = tuple(map(str, model.tasks))
+    problem = problem_of(Config(tasks=tasks, eval_batch_size=2))
+    got = problem.evaluate(model, variables, samples)
+    assert got.names == tuple(sample.name for sample in samples)
+    assert list(got.mean) == list(got.per_image) == list(problem.titles)
+
+    def check(values, task, data):
+        for metric, value in expected(task, data).items():
+            tolerance = 0.2 if metric == "median_angle" else 2e-3 * max(1, value)
+            assert values[f"{task.name}/{metric}"] == pytest.approx(value, abs=tolerance)
+
+    for task in model.tasks:
+        check(got.mean, task, data[task.name])
+        for i, own in enumerate(data[task.name]):
+            check({k: v[i] for k, v in got.per_image.items()}, task, [own])
+
+    unknown = {"depth": np.zeros((50, 50, 1), np.float32), "edges": np.full((50, 50), -1)}
+    some = [samples[0], dataclasses.replace(samples[2], truth=samples[2].truth | unknown)]
+    assert np.isnan(problem.evaluate(model, variables, some).per_image["depth/relative_error"][1])
+    with pytest.raises(ValueError, match=r"task depth: no pixel of the 1 images .* has a label"):
+        problem.evaluate(model, variables, some[1:])
 
 
 def test_the_median_is_of_pixels():
