@@ -8,7 +8,7 @@ import pytest
 from samjax import peft
 from samjax.models.msam import MSam, msam_params
 from samjax.nn import Context
-from samjax.peft import PeftSpec, Rule
+from samjax.peft import MethodConfig, PeftSpec, Rule
 from samjax.peft.ta_lora import TALoRA
 from samjax.tasks import parse
 
@@ -120,6 +120,28 @@ def test_all_tasks_in_one_pass_are_single_passes(model, params):
     np.testing.assert_allclose(together, singles, atol=1e-5 * singles.std())
     assert one._cache_size() == 1  # one program for all tasks
     assert np.abs(singles[0] - singles[1]).max() > 1e-2 * singles.std()
+
+
+def test_what_no_adapter_has_touched_is_computed_once(model, params):
+    """By the FLOPs that two further tasks add to the pass of an encoder with two blocks."""
+    image, size = inputs(1)
+
+    def further(method):
+        spec = method.spec(tasks=3)
+        records = peft.attach(spec, model, params, jax.random.key(0))
+        encode = jax.jit(lambda v, tasks: model.apply(v, image, size, tasks, method="encode_tasks"))
+        one, three = (
+            encode.lower({"params": params, "peft": records}, jnp.arange(n)).cost_analysis()
+            for n in (1, 3)
+        )
+        return three["flops"] - one["flops"]
+
+    assert further(MethodConfig("lora_hps")) == 0
+    every = further(MethodConfig("ta_lora", rank=4, targets=("q", "v")))
+    late = further(MethodConfig("ta_lora", rank=4, targets=("q", "v"), first_block=1))
+    # Of 64 tokens of 32 channels: qkv, proj and the MLP. Attention is the rest of a block.
+    block = 2 * 64 * (32 * 96 + 32 * 32 + 2 * 32 * 128)
+    assert late / 2 > block and block < (every - late) / 2 < 2 * block
 
 
 def test_merged_for_a_task_is_that_task(model, params):
