@@ -67,6 +67,8 @@ class Config:
     tasks: tuple[str, ...] = ()
     # Weights of the tasks' losses: their own, or learnt (Kendall et al. 2018).
     task_weighting: Literal["fixed", "uncertainty"] = "fixed"
+    # Tasks that are trained in a step, drawn anew for each, all equally often; left out, all.
+    tasks_per_step: int | None = None
     method: Annotated[MethodConfig, _FLAT] = MethodConfig()
     optimizer: Annotated[OptimizerConfig, _FLAT] = OptimizerConfig()
     # Stages of training, each SHARE:GROUPS (of weights, arch, decoder, or all), such as
@@ -122,6 +124,7 @@ class Config:
     def __post_init__(self) -> None:
         _check_choices(self)
         for name in (
+            "tasks_per_step",
             "batch_size",
             "accumulate",
             "eval_batch_size",
@@ -172,6 +175,13 @@ class Config:
             self.method.spec()  # which says so
         if tasks and (self.objects == "each" or self.classes):
             raise ValueError("dense tasks have no objects: leave out objects and classes")
+        if not tasks and self.tasks_per_step is not None:
+            raise ValueError("tasks_per_step draws dense tasks: name them with tasks")
+        if self.tasks_per_step is not None and self.tasks_per_step > len(tasks):
+            raise ValueError(
+                f"tasks_per_step is {self.tasks_per_step}, and there are {len(tasks)} dense tasks: "
+                "draw fewer, or leave it out to train all"
+            )
         if tasks and self.eval_prompt is not None:
             raise ValueError("dense tasks take no prompt: leave out eval_prompt")
         known = [f"{task.name}/{metric}" for task in tasks for metric in task.metrics]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,14 +22,17 @@ def dense_train_batches(
     *,
     frame: Frame,
     augment: DenseAugmentConfig,
+    seed: int,
+    tasks_per_step: int | None = None,
     **stream: Any,
 ) -> grain.MapDataset:
     """The endless stream of training batches; element i is the batch of step i.
 
     Each is a dict of numpy arrays with a leading batch axis: image (fh, fw, 3) uint8 and input_size
     (2,) int32 as `samjax.preprocess.prepare_image` gives them, truth, a dict of what
-    `prepare_truth` gives for each task, and index () int32. `stream` are the other arguments of
-    `samjax.data.pipeline.training_stream`.
+    `prepare_truth` gives for each task, and index () int32; with `tasks_per_step` also drawn, in
+    each row the (tasks_per_step,) int32 indices of the step's `drawn_tasks`. `stream` are the other
+    arguments of `samjax.data.pipeline.training_stream`.
     """
 
     def load(index: int, rng: np.random.Generator) -> Batch:
@@ -37,7 +41,26 @@ def dense_train_batches(
         truth = {task.name: prepare_truth(task, sample.truth[task.name], frame) for task in tasks}
         return {"image": image, "input_size": input_size, "truth": truth}
 
-    return training_stream(load, source, **stream)
+    batches = training_stream(load, source, seed=seed, **stream)
+    if tasks_per_step is None:
+        return batches
+
+    def with_drawn(step: int, batch: Batch) -> Batch:
+        drawn = drawn_tasks(len(tasks), tasks_per_step, seed, int(step))
+        return {**batch, "drawn": np.tile(drawn, (len(batch["index"]), 1))}
+
+    return batches.map_with_index(with_drawn)
+
+
+def drawn_tasks(tasks: int, per_step: int, seed: int, step: int) -> np.ndarray:
+    """The (per_step,) int32 indices, each another one, of the tasks that a step trains.
+
+    A function of the seed and the step alone. Steps go through the tasks in a random order, round
+    and round, until all have been drawn equally often, and then in a new order.
+    """
+    cycle, place = divmod(step, tasks // math.gcd(tasks, per_step))
+    order = np.random.default_rng((seed, cycle)).permutation(tasks).astype(np.int32)
+    return np.take(order, place * per_step + np.arange(per_step), mode="wrap")
 
 
 def dense_eval_batches(

@@ -77,6 +77,7 @@ class DenseTasks:
             augment=self.config.dense_augment,
             batch_size=self.config.batch_size,
             seed=self.config.seed,
+            tasks_per_step=self.config.tasks_per_step,
             split=split,
         )
 

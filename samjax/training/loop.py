@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,8 @@ def fit(
             if writes:
                 log.stop_clock(step)
                 found = jax.device_get({**logs, **record_metrics(state.train["peft"])})
-                values = {key: float(value) for key, value in found.items()}
+                # NaN is what a step has not, such as the loss of a task that was not drawn.
+                values = {k: float(v) for k, v in found.items() if not math.isnan(v)}
                 metrics = None
                 if validate is not None and validates:
                     bar.update(task, note="validating")
