@@ -2,6 +2,7 @@
 
 import os
 
+import jax
 import numpy as np
 import pytest
 
@@ -60,52 +61,60 @@ def test_predict_one_task_at_another_size(predict, adapter, tmp_path):
     assert np.load(tmp_path / "normals.npy").shape == (*SIZE, 3)
 
 
-def test_merged_for_a_task_of_one_channel(call, predict, files, adapter, tmp_path):
+@pytest.fixture(scope="module")
+def merged(call, files, adapter, tmp_path_factory):
+    """`samjax merge --task all`, as `(folder, result)`; in the folder merged/ and rests/."""
+    root = tmp_path_factory.mktemp("merge")
+    options = ("--weights", files / "small", "--adapter", adapter, "--task", "all", "--no-verify")
+    arguments = (root / "merged", *options, "--rest", root / "rests", "--json")
+    return root, call("merge", *arguments)
+
+
+def test_merged_for_all_tasks(predict, adapter, merged, tmp_path):
+    """Weights for each task, and an adapter beside those of several channels."""
+    root, result = merged
+    assert result.json["dst"] == str(root / "merged") and list(result.json["tasks"]) == list(NAMES)
+    assert sorted(os.listdir(root / "merged")) == sorted(NAMES)
+    assert sorted(os.listdir(root / "rests")) == ["normals.safetensors", "segmentation.safetensors"]
+    maps = ("--adapter", adapter, "--task", "all", "--save-logits")
+    expected = predict(tmp_path / "together", *maps).logits
+    for name in NAMES:
+        assert result.json["tasks"][name]["dst"] == str(root / "merged" / name)
+        rest, own = root / "rests" / f"{name}.safetensors", ()
+        if rest.exists():
+            own = ("--adapter", rest, "--task", name)
+        weights = root / "merged" / name
+        logits = predict(tmp_path / name, *own, "--save-logits", weights=weights).logits
+        found = logits[name] if own else logits["low_res_logits"][0]
+        np.testing.assert_allclose(found, expected[name], atol=1e-4 * expected[name].std())
+    base = predict(tmp_path / "base", "--save-logits").logits["low_res_logits"][0]
+    assert np.abs(base - expected["depth"]).max() > expected["depth"].std()
+
+
+def test_merged_for_a_task_of_one_channel(call, files, adapter, merged, tmp_path):
+    """It is what merging all tasks writes of it; here the merge is verified."""
     options = ("--weights", files / "small", "--adapter", adapter, "--task", "depth", "--json")
     result = call("merge", tmp_path / "merged", *options)
     assert result.json["task"] == "depth"
     assert all(0 <= value <= 1e-4 for value in result.json["max_difference"].values())
-    separate = predict(tmp_path / "a", "--adapter", adapter, "--task", "depth", "--save-logits")
-    merged = predict(tmp_path / "b", "--save-logits", weights=tmp_path / "merged")
-    expected = separate.logits["depth"]
-    np.testing.assert_allclose(
-        merged.logits["low_res_logits"][0], expected, atol=1e-4 * expected.std()
-    )
-    base = predict(tmp_path / "c", "--save-logits").logits["low_res_logits"][0]
-    assert np.abs(base - expected).max() > expected.std()
+    assert_same_weights(tmp_path / "merged", merged[0] / "merged/depth")
 
 
-def test_merged_for_a_task_of_several_channels(call, predict, files, adapter, tmp_path):
+def test_merged_for_a_task_of_several_channels(call, files, adapter, merged, tmp_path):
     rest = tmp_path / "rest.safetensors"
     options = ("--weights", files / "small", "--adapter", adapter, "--task", "normals")
-    result = call("merge", tmp_path / "merged", *options, "--rest", rest, "--json")
+    options = (*options, "--rest", rest, "--no-verify", "--json")
+    result = call("merge", tmp_path / "merged", *options)
     assert result.json["rest"] == str(rest) and result.json["rest_numbers"] > 0
     assert peft.read(rest).adapter_bytes == 0
-    predicted = []
-    for name, weights, file in (("a", "small", adapter), ("b", tmp_path / "merged", rest)):
-        arguments = ("--adapter", file, "--task", "normals", "--save-logits")
-        predicted.append(predict(tmp_path / name, *arguments, weights=weights).logits["normals"])
-    np.testing.assert_allclose(*predicted, atol=1e-4 * predicted[0].std())
+    assert_same_weights(tmp_path / "merged", merged[0] / "merged/normals")
+    assert rest.read_bytes() == (merged[0] / "rests/normals.safetensors").read_bytes()
 
 
-def test_merged_for_all_tasks(call, predict, files, adapter, tmp_path):
-    """Weights for each task, and an adapter beside those of several channels."""
-    merged, rests = tmp_path / "merged", tmp_path / "rests"
-    options = ("--weights", files / "small", "--adapter", adapter, "--task", "all", "--no-verify")
-    result = call("merge", merged, *options, "--rest", rests, "--json")
-    assert result.json["dst"] == str(merged) and list(result.json["tasks"]) == list(NAMES)
-    assert sorted(os.listdir(merged)) == sorted(NAMES)
-    assert sorted(os.listdir(rests)) == ["normals.safetensors", "segmentation.safetensors"]
-    maps = ("--adapter", adapter, "--task", "all", "--save-logits")
-    expected = predict(tmp_path / "together", *maps).logits
-    for name in NAMES:
-        assert result.json["tasks"][name]["dst"] == str(merged / name)
-        out, rest, own = tmp_path / "of" / name, rests / f"{name}.safetensors", ()
-        if rest.exists():
-            own = ("--adapter", rest, "--task", name)
-        logits = predict(out, *own, "--save-logits", weights=merged / name).logits
-        found = logits[name] if own else logits["low_res_logits"][0]
-        np.testing.assert_allclose(found, expected[name], atol=1e-4 * expected[name].std())
+def assert_same_weights(one, other):
+    """Of two checkpoints."""
+    (_, ours), (_, theirs) = (samjax.load(path) for path in (one, other))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def test_merged_for_all_tasks_as_files(call, files, adapter, tmp_path):
@@ -135,8 +144,19 @@ def test_merging_all_tasks_leaves_nothing_where_one_fails(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_refused(call, predict, assert_refused, files, adapter, trained, tmp_path):
-    out, masks = tmp_path / "out", files / "run/adapter.safetensors"
+@pytest.fixture(scope="module")
+def masks(small_model, small_params, tmp_path_factory):
+    """The file of an adapter for masks."""
+    spec = peft.MethodConfig("lora").spec()
+    records = peft.attach(spec, small_model, small_params, jax.random.key(0))
+    variables = {"params": small_params, "peft": records}
+    path = tmp_path_factory.mktemp("masks") / "masks.safetensors"
+    peft.save(path, spec, small_model, variables, params_sha256(small_params), {"method": "lora"})
+    return path
+
+
+def test_what_is_refused(call, predict, assert_refused, files, adapter, masks, tmp_path):
+    out = tmp_path / "out"
     all_of_them = "dense.safetensors is an adapter of dense tasks, segmentation, depth, normals, "
     no_tasks = "is an adapter for masks and has no tasks: leave out --task"
 
