@@ -473,6 +473,6 @@ RECIPES: dict[str, Recipe] = {
     "ssf": Recipe(ssf),
     "sam_parser": Recipe(sam_parser, _sam_parser_rate),
     "conv_lora": Recipe(conv_lora, 3e-4),
-    "nas_lora": Recipe(nas_lora, 3e-4, _search_stages),
-    "nas_pc_lora": Recipe(nas_pc_lora, 3e-4, _search_stages),
+    "nas_lora": Recipe(nas_lora, 3e-3, _search_stages),
+    "nas_pc_lora": Recipe(nas_pc_lora, 3e-3, _search_stages),
 }
