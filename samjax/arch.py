@@ -59,6 +59,11 @@ def entropy(shares: dict[str, float]) -> float:
     return -sum(share * math.log(share) for share in shares.values() if share > 0)
 
 
+def strongest(shares: dict[str, float]) -> str:
+    """The operator with the largest share, but none where there is another."""
+    return max((name for name in shares if name != "none"), key=shares.__getitem__, default="none")
+
+
 def operators(found: dict[str, Any]) -> list[str]:
     """The operators that some edge has."""
     return list(dict.fromkeys(n for edge in edges(found).values() for n in edge["shares"]))
@@ -75,11 +80,40 @@ def show(found: dict[str, Any], console: Console) -> None:
     table.add_column("strongest")
     for edge, entry in edges(found).items():
         shares = entry["shares"]
-        best = max((n for n in shares if n != "none"), key=shares.__getitem__, default="none")
         cells = [f"{shares[n]:.3f}" if n in shares else "" for n in names]
         cells += [f"{entropy(shares):.3f}", *([f"{entry['weight']:.3f}"] if several else [])]
-        table.add_row(edge, *cells, best)
+        table.add_row(edge, *cells, strongest(shares))
     print_wide(table, console)
+
+
+def agreement(found: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """How alike two searches of the same edges and operators ended.
+
+    `same` of `edges` have the same strongest operator, `chance` is how many would by chance;
+    `correlation` is that of the shares' logarithms over operators, each edge's mean taken away (1
+    alike, 0 unrelated, None where shares do not differ). Raises ValueError for other edges or
+    operators.
+    """
+    pairs = [(edge["shares"], edges(other).get(name)) for name, edge in edges(found).items()]
+    if len(pairs) != len(edges(other)) or not all(
+        entry is not None and set(entry["shares"]) == set(shares) for shares, entry in pairs
+    ):
+        raise ValueError("its layers or operators are others; compare searches of one experiment")
+    ours, theirs, same, chance = [], [], 0, 0.0
+    for shares, entry in pairs:
+        assert entry is not None
+        same += strongest(shares) == strongest(entry["shares"])
+        chance += 1 / max(1, len(shares) - ("none" in shares))
+        for values, into in ((shares, ours), (entry["shares"], theirs)):
+            logs = np.log(np.maximum([values[name] for name in shares], 1e-12))
+            into.extend(logs - logs.mean())
+    norm = float(np.linalg.norm(ours) * np.linalg.norm(theirs))
+    return {
+        "same": same,
+        "edges": len(pairs),
+        "chance": chance,
+        "correlation": float(np.dot(ours, theirs)) / norm if norm else None,
+    }
 
 
 def write(found: dict[str, Any], json_file: Path, metrics: Path | None, plots: bool) -> list[Path]:

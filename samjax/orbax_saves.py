@@ -21,8 +21,7 @@ def clean_save(parts: Callable[[], Sequence[Path]]) -> Iterator[None]:
         try:
             yield
         except Exception:
-            # What its other writers raise is told when their tasks are collected, perhaps much
-            # later.
+            # What its other writers raise is told when their tasks are collected, perhaps later.
             logging.getLogger("asyncio").addFilter(_is_not_of_orbax)
             for _ in range(20):
                 time.sleep(0.05)  # its other writers go on after the first has failed

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from samjax import peft
+from samjax.models import MODELS, Sam
+from samjax.peft.recipes import RECIPES, MethodConfig
 from samjax.weights import save_checkpoint
 
 REPO = Path(__file__).resolve().parent.parent
@@ -34,3 +37,13 @@ def test_links_and_files_exist(page):
 def test_readme_names_experiments_that_exist():
     for name in set(re.findall(r"experiments/\w+\.py", (REPO / "README.md").read_text())):
         assert (REPO / name).is_file(), name
+
+
+@pytest.mark.parametrize(("model", "column"), [("vit_b", 2), ("vit_t", 3)])
+def test_methods_overview_counts_what_trains(model, column):
+    page = (REPO / "docs/methods.md").read_text()
+    table = page.partition("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in table.splitlines() if "`" in line and "|" in line]
+    told = {row[0].strip(" []").split("`")[1]: int(row[column].replace(",", "")) for row in rows}
+    counts = {name: peft.report(MethodConfig(name).spec(), Sam(MODELS[model])) for name in RECIPES}
+    assert told == {name: count.trainable - count.decoder for name, count in counts.items()}

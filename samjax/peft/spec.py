@@ -17,6 +17,7 @@ import math
 from typing import Any, get_args, get_type_hints
 
 from samjax.peft.adaptformer import AdaptFormer
+from samjax.peft.collapsed import Collapsed
 from samjax.peft.compose import Stack
 from samjax.peft.conv_lora import ConvLoRA
 from samjax.peft.delta import WEIGHTS, Method
@@ -25,7 +26,7 @@ from samjax.peft.fact import FacT
 from samjax.peft.houlsby import Houlsby
 from samjax.peft.lora import LoRA
 from samjax.peft.lora_conv import LoRAConv
-from samjax.peft.nas_lora import Collapsed, NASLoRA
+from samjax.peft.nas_lora import NASLoRA
 from samjax.peft.per_task import PerTask
 from samjax.peft.sam_parser import SAMParser
 from samjax.peft.ssf import SSF

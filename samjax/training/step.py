@@ -38,7 +38,7 @@ class OptimizerConfig:
     # Peak learning rate of the mask decoder, whatever the method is.
     decoder_learning_rate: float = DECODER_LEARNING_RATE
     # Learning rate of architecture parameters (Adam, constant), where a method searches for one.
-    arch_learning_rate: float = 3e-4
+    arch_learning_rate: float = 1e-2
     # Adam's weight decay of architecture parameters.
     arch_weight_decay: float = 1e-3
     # AdamW's decoupled weight decay, of matrices: biases, norms and other vectors have none.

@@ -32,6 +32,8 @@ class Arch:
     adapter: Path | None = None
     """Where the run's trained adapter goes with its cells derived, for `samjax eval RUN --adapter`;
     left out, nowhere."""
+    against: tuple[Path, ...] = ()
+    """Other finished runs of the experiment, say with other seeds: whether they found the same."""
     json: bool = False
     """Print one JSON object, on one line, last on stdout."""
 
@@ -42,9 +44,12 @@ class Arch:
         from samjax.run import ADAPTER, finished_run_config
         from samjax.training.loop import METRICS
 
+        def adapter_of(run: Path) -> Path:
+            return run / ADAPTER if run.is_dir() else run
+
         is_run = self.run.is_dir()
         config = finished_run_config(self.run) if is_run else None
-        folder, trained = (self.run, self.run / ADAPTER) if is_run else (self.run.parent, self.run)
+        folder, trained = self.run if is_run else self.run.parent, adapter_of(self.run)
         out = self.out or folder / f"{arch.NAME}.json"
         if out.suffix != ".json":
             raise ValueError(f"{out} must end in .json, by which --operators knows it")
@@ -56,7 +61,24 @@ class Arch:
             if self.adapter.exists():
                 raise FileExistsError(f"{self.adapter} exists already; choose another --adapter")
         found = arch.find(trained, self.derive)
+        agreements = {}
+        for other in self.against:
+            if other.is_dir():
+                finished_run_config(other)
+            try:
+                agreements[str(other)] = arch.agreement(
+                    found, arch.find(adapter_of(other), self.derive)
+                )
+            except ValueError as error:
+                raise ValueError(f"{other}: {error}") from None
         arch.show(found, console)
+        for name, alike in agreements.items():
+            correlation = alike["correlation"]
+            console.print(
+                f"{name}: the same strongest operator in {alike['same']} of {alike['edges']} "
+                f"(by chance {alike['chance']:.1f})"
+                + ("" if correlation is None else f", correlation of shares {correlation:.2f}")
+            )
         plots = importlib.util.find_spec("matplotlib") is not None
         if not plots:
             console.print("without matplotlib there is no picture: pip install 'samjax[plot]'")
@@ -65,7 +87,8 @@ class Arch:
         if self.adapter is not None and config is not None:
             arch.write_derived(config, trained, self.derive, self.adapter)
             files.append(self.adapter)
-        return {**found, "files": [str(file) for file in files]}
+        alike = {"agreement": agreements} if agreements else {}
+        return {**found, **alike, "files": [str(file) for file in files]}
 
 
 def run(argv: list[str], console: Console) -> Outcome:

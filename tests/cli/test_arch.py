@@ -132,3 +132,30 @@ def test_bad_input(call, files, trained, searched, assert_refused, tmp_path):
     assert_refused(call("params", *absent), "no architecture at")
     alone = ("arch", searched / "adapter.safetensors", "--adapter", tmp_path / "b.safetensors")
     assert_refused(call(*alone), "--adapter needs a run's folder")
+
+
+def test_searches_are_compared(call, files, searched, tmp_path, assert_refused):
+    data = ("--weights", files / "small", "--data", files / "data")
+    other = tmp_path / "other"
+    flags = ("--out", other, "--seed", "1", "--arch-learning-rate", "0.1")
+    assert call("train", searched.parent / "search.py", *data, *flags).code == 0
+    result = call("arch", searched, "--against", other, searched, "--json")
+    assert result.code == 0, result.err
+    mine, theirs = (call("arch", run, "--json").json["sites"] for run in (searched, other))
+    shares = [[list(s["edges"][0]["shares"].values()) for s in x.values()] for x in (mine, theirs)]
+    logs = [np.log(x) - np.log(x).mean(1, keepdims=True) for x in shares]
+    alike, itself = result.json["agreement"].values()
+    count = len(mine)
+    best = [np.array(x)[:, 1:].argmax(1) for x in shares]  # the first is none
+    assert alike["same"] == np.sum(best[0] == best[1]) and alike["edges"] == count
+    assert alike["chance"] == pytest.approx(count / 6)
+    expected = np.corrcoef(logs[0].ravel(), logs[1].ravel())[0, 1]
+    assert alike["correlation"] == pytest.approx(expected, abs=1e-6)
+    assert itself["same"] == count and itself["correlation"] == pytest.approx(1)
+    assert f"of {count} (by chance {count / 6:.1f}), correlation of shares" in result.err
+
+    fewer = tmp_path / "fewer"
+    flags = ("--out", fewer, "--operators", "skip_connect+avg_pool_3x3", "--steps", "3")
+    assert call("train", searched.parent / "search.py", *data, *flags).code == 0
+    refused = call("arch", searched, "--against", fewer)
+    assert_refused(refused, f"{fewer}: its layers or operators are others")

@@ -12,8 +12,9 @@ from samjax.flops import count_flops
 from samjax.models import MODELS, Sam
 from samjax.peft import MethodConfig, NotMergeable
 from samjax.peft.architecture import derive_adapter, left_out
+from samjax.peft.collapsed import CollapsedDelta
 from samjax.peft.delta import is_delta
-from samjax.peft.nas_lora import CollapsedDelta, NASLoRADelta
+from samjax.peft.nas_lora import NASLoRADelta
 from samjax.peft.trees import deltas
 
 RNG = np.random.default_rng(0)

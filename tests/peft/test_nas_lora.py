@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from samjax.nn import Context, Segments, Site, SiteInfo
+from samjax.peft.collapsed import Collapsed
 from samjax.peft.delta import NotMergeable
-from samjax.peft.nas_lora import Collapsed, NASLoRA, shuffle
+from samjax.peft.nas_lora import NASLoRA, shuffle
 from samjax.peft.operators import OPERATORS
 
 RNG = np.random.default_rng(0)
