@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 from samjax import peft
-from samjax.models import MODELS, Sam
-from samjax.peft.recipes import RECIPES, MethodConfig
+from samjax.models import MODELS, MSam, Sam
+from samjax.peft import MethodConfig
+from samjax.peft.recipes import RECIPES
+from samjax.tasks import NYUV2
 from samjax.weights import save_checkpoint
 
 REPO = Path(__file__).resolve().parent.parent
@@ -45,5 +47,9 @@ def test_methods_overview_counts_what_trains(model, column):
     table = page.partition("\n## ")[0]
     rows = [line.split("|")[1:-1] for line in table.splitlines() if "`" in line and "|" in line]
     told = {row[0].strip(" []").split("`")[1]: int(row[column].replace(",", "")) for row in rows}
-    counts = {name: peft.report(MethodConfig(name).spec(), Sam(MODELS[model])) for name in RECIPES}
+    counts = {}
+    for name, recipe in RECIPES.items():
+        sam = MSam(MODELS[model], tasks=NYUV2) if recipe.dense else Sam(MODELS[model])
+        spec = MethodConfig(name).spec(len(NYUV2) if recipe.dense else 0)
+        counts[name] = peft.report(spec, sam)
     assert told == {name: count.trainable - count.decoder for name, count in counts.items()}
