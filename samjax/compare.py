@@ -186,6 +186,7 @@ def compare(
             try:
                 _train(run, shown, console)
             except (Interrupted, KeyboardInterrupt):
+                write(_gather(shown, failures, baseline), out, plots)
                 raise Interrupted(
                     f"stopped in {run.out}; the same command goes on from what it has saved"
                 ) from None
@@ -228,7 +229,7 @@ def _gather(runs: Sequence[Run], failures: dict[Path, str], baseline: str | None
             run.method,
             config.seed,
             str(run.out),
-            "waiting",
+            "unfinished" if run.started else "waiting",
             learning_rate=config.learning_rate,
             decoder_learning_rate=(
                 None if config.method.decoder == "none" else config.optimizer.decoder_learning_rate
@@ -244,6 +245,7 @@ def _gather(runs: Sequence[Run], failures: dict[Path, str], baseline: str | None
                 row,
                 state="finished",
                 trainable=summary.get("trainable"),
+                beside_decoder=summary.get("beside_decoder"),
                 before=summary["before"],
                 after=summary["after"],
                 steps=summary["steps"],

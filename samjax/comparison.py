@@ -38,11 +38,12 @@ class Row:
     method: str
     seed: int
     run: str
-    state: Literal["finished", "failed", "waiting"]
+    state: Literal["finished", "failed", "unfinished", "waiting"]
     error: str | None = None
     learning_rate: float | None = None  # of what the method trains
     decoder_learning_rate: float | None = None  # None where the decoder does not train
     trainable: int | None = None  # numbers
+    beside_decoder: int | None = None  # of them, what is not the mask decoder's
     before: Mapping[str, float] = dataclasses.field(default_factory=dict)  # metrics
     after: Mapping[str, float] = dataclasses.field(default_factory=dict)
     steps: int | None = None
@@ -80,6 +81,7 @@ class Line:
     failed: tuple[int, ...]  # seeds
     learning_rate: float | None
     trainable: int | None
+    beside_decoder: int | None
     metrics: Mapping[str, Spread]
     steps_per_second: float | None = None
     step_bytes: int | None = None
@@ -115,6 +117,7 @@ class Comparison:
             failed=(),
             learning_rate=None,
             trainable=0,
+            beside_decoder=0,
             metrics=_spreads([row.before for row in rows.values()]),
         )
         methods = dict.fromkeys(row.method for row in self.rows)
@@ -131,6 +134,7 @@ class Comparison:
             failed=tuple(row.seed for row in rows if row.state == "failed"),
             learning_rate=rows[0].learning_rate,
             trainable=done[0].trainable if done else None,
+            beside_decoder=done[0].beside_decoder if done else None,
             metrics=_spreads([row.after for row in done]),
             steps_per_second=speeds and speeds.mean,
             step_bytes=largest and largest.step_bytes,
@@ -217,7 +221,7 @@ class Comparison:
     def _table(self) -> list[list[str]]:
         """The names of the columns, then the cells of each line."""
         metrics = self._metrics()
-        names = ["method", "learning rate", "trainable numbers", "seeds"]
+        names = ["method", "learning rate", "trainable numbers", "beside the decoder", "seeds"]
         names += [*(self._titles[name] for name in metrics), *("steps/s", "memory of a step")]
         return [[*names, "adapter file"], *(_cells(line, metrics) for line in self.lines())]
 
@@ -314,7 +318,7 @@ def _cells(line: Line, metrics: Sequence[str]) -> list[str]:
     return [
         line.method + failed,
         "" if line.learning_rate is None else f"{line.learning_rate:g}",
-        "" if line.trainable is None else f"{line.trainable:,}",
+        *("" if n is None else f"{n:,}" for n in (line.trainable, line.beside_decoder)),
         ", ".join(map(str, line.seeds)),
         *(str(line.metrics.get(name, "failed" if line.failed else "")) for name in metrics),
         "" if line.steps_per_second is None else f"{line.steps_per_second:.3g}",

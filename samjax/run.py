@@ -203,6 +203,7 @@ def train(
         )
         summary |= {
             "trainable": report.trainable,
+            "beside_decoder": report.trainable - report.decoder,
             "input_size": list(model.config.frame.shape),
             "device": jax.devices()[0].device_kind,
             "date": datetime.date.today().isoformat(),

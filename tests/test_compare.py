@@ -54,6 +54,7 @@ def trained(monkeypatch, tmp_path):
             "step_bytes_from": "compiler",
             "file_bytes": 1_500_000,
             "trainable": 10 ** (i + 4),
+            "beside_decoder": 10 ** (i + 3),
             "input_size": [352, 352],
             "device": "toy",
             "date": "2026-01-02",
@@ -106,7 +107,7 @@ def test_a_table_of_means_and_deviations(trained, tmp_path, console):
         assert said in result.budget()
     rates = [line["learning_rate"] for line in record["methods"]]
     assert rates == [None, 5e-4, 1e-3, 1e-5]
-    assert "| full:learning_rate=1e-5 | 1e-05 | 1,000,000 | 0, 1, 2 |" in table
+    assert "| full:learning_rate=1e-5 | 1e-05 | 1,000,000 | 100,000 | 0, 1, 2 |" in table
     pytest.importorskip("matplotlib")
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
@@ -126,7 +127,7 @@ def test_failures_and_interruptions(trained, tmp_path, console, monkeypatch):
     with pytest.raises(Interrupted, match=r"full_learning_rate=1e-5/seed_0; the same command goes"):
         compare(plan(CONFIG, METHODS, (0,), tmp_path), tmp_path, console)
     record = json.loads((tmp_path / "compare.json").read_text())
-    assert [row["state"] for row in record["runs"]] == ["finished", "failed", "waiting"]
+    assert [row["state"] for row in record["runs"]] == ["finished", "failed", "unfinished"]
     assert record["errors"] == 1 and record["runs"][1]["error"] == "the loss is not finite"
     table = (tmp_path / "compare.md").read_text()
     assert "Failed: lora:rank=8,targets=q+k+v, seed 0: the loss is not finite" in table
