@@ -28,7 +28,7 @@ from samjax.flops import program_flops
 from samjax.method_text import with_method
 from samjax.models import MODELS, Sam, SamConfig
 from samjax.peft.recipes import RECIPES
-from samjax.terminal import progress_bar
+from samjax.terminal import print_wide, progress_bar
 from samjax.training.loop import prepare
 from samjax.training.memory import exhaustion, gigabytes
 from samjax.training.step import finite_names
@@ -282,8 +282,7 @@ def print_table(rows: Sequence[Sequence[str]], console: Console) -> None:
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for row in body:
         table.add_row(*row)
-    # A narrow terminal breaks lines, rather than columns being cut.
-    Console(file=console.file, width=250, highlight=False).print(table)
+    print_wide(table, console)
 
 
 def machine_load(console: Console) -> float:

@@ -97,6 +97,9 @@ def notices_on(console: Console) -> Iterator[None]:
 
 
 def print_wide(table: Table, console: Console) -> None:
-    """Prints a table as wide as it needs to be: what is no terminal counts as a narrow one."""
-    table.width = console.measure(table, options=console.options.update(width=200)).maximum
+    """Prints a table as wide as it needs to be: what is no terminal counts as a narrow one.
+
+    A narrow terminal breaks lines, rather than columns being cut.
+    """
+    table.width = console.measure(table, options=console.options.update(width=250)).maximum
     console.print(table, crop=False)
