@@ -257,20 +257,23 @@ class DepthwiseConv(nn.Module):
 class ConvTranspose2x2(nn.Module):
     """torch's ConvTranspose2d(kernel_size=2, stride=2): blocks do not overlap, so it is a product.
 
-    The kernel is stored (2, 2, in, out) and unflipped: y[2i + a, 2j + b] = x[i, j] @ kernel[a, b].
+    The kernel is stored (2, 2, in, out) and unflipped: y[2i + r, 2j + s] = x[i, j] @ kernel[r, s].
+    A pixel's block, r and s, stays on axes of its own: what follows is pixel by pixel, and moving
+    many channels would take longer than the product.
     """
 
     features: int
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        """(b, h, w, in) -> (b, 2 h, 2 w, features) in `dtype`."""
-        b, h, w, c = x.shape
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (2, 2, c, self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        y = jnp.einsum("bhwc,ijcd->bhiwjd", x.astype(self.dtype), kernel.astype(self.dtype))
-        return y.reshape(b, 2 * h, 2 * w, self.features) + bias.astype(self.dtype)
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b 2 2 d"]:
+        """(..., in) -> (..., 2, 2, features) in `dtype`."""
+        channels, features = x.shape[-1], self.features
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (2, 2, channels, features))
+        bias = self.param("bias", nn.initializers.zeros, (features,))
+        flat = jnp.moveaxis(kernel.astype(self.dtype), 2, 0).reshape(channels, 4 * features)
+        y = matmul(x.astype(self.dtype), flat) + jnp.tile(bias.astype(self.dtype), 4)
+        return y.reshape(*x.shape[:-1], 2, 2, features)
 
 
 class LayerNorm(nn.Module):

@@ -198,6 +198,7 @@ class MaskDecoder(nn.Module):
         )
         tokens, source = transformer(tokens, source, image_pe, token_bias, ctx)
 
+        # Twice as many pixels a side, and again: (b, h, w, 2, 2, 2, 2, c).
         upscaled = source.reshape(batch, height, width, self.dim)
         for i, features in ((0, self.dim // 4), (3, self.dim // 8)):
             name = f"output_upscaling_{i}"
@@ -213,7 +214,9 @@ class MaskDecoder(nn.Module):
             )
             for i in range(num_masks)
         ]
-        logits = jnp.einsum("bmc,bhwc->bmhw", jnp.stack(hyper, axis=1), upscaled)
+        # Only now, with one number a pixel, do the blocks go to their places.
+        logits = jnp.einsum("bmc,bhwijklc->bmhikwjl", jnp.stack(hyper, axis=1), upscaled)
+        logits = logits.reshape(batch, num_masks, 4 * height, 4 * width)
         iou_head = Mlp(self.iou_head_hidden_dim, num_masks, self.dtype, name="iou_prediction_head")
         iou = iou_head(tokens[:, 0], ctx)
         return logits.astype(jnp.float32), iou.astype(jnp.float32)

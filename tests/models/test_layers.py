@@ -68,7 +68,8 @@ def test_depthwise_conv_is_torch_conv(stride, size):
 def test_conv_transpose_is_torch_conv_transpose():
     F = pytest.importorskip("torch").nn.functional
     x, w, b = normal(2, 5, 6, 4), normal(2, 2, 4, 3), normal(3)
-    ours = ConvTranspose2x2(3).apply({"params": {"kernel": w, "bias": b}}, x)
+    blocks = ConvTranspose2x2(3).apply({"params": {"kernel": w, "bias": b}}, x)
+    ours = np.swapaxes(blocks, 2, 3).reshape(2, 10, 12, 3)
     theirs = torch_nhwc(
         lambda x, w, b: F.conv_transpose2d(x, w, b, 2), x, w.transpose(2, 3, 0, 1), b
     )
