@@ -24,6 +24,7 @@ from samjax.data.augment import AugmentConfig
 from samjax.data.dense_augment import DenseAugmentConfig
 from samjax.data.prompts import PromptConfig
 from samjax.files import read_record
+from samjax.models.attention import AttentionKind
 from samjax.peft.method_config import MethodConfig
 from samjax.peft.recipes import RECIPES
 from samjax.peft.spec import PeftSpec, Rule, Train
@@ -100,8 +101,9 @@ class Config:
     seed: int = 0
     # Compute dtype; parameters, softmax, norms and losses are float32 in either.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # Attention of the ViT's global blocks; chunked never holds all scores.
-    attention: Literal["chunked", "dense"] = "chunked"
+    # Attention of the ViT's global blocks; chunked never holds all scores, and neither do the
+    # kernels: cudnn (GPUs, in bfloat16) and splash (TPUs).
+    attention: AttentionKind = "chunked"
     # What the backward pass computes again instead of keeping: nothing, or the inside of each block
     # of the encoder.
     remat: Literal["none", "blocks"] = "none"

@@ -32,6 +32,7 @@ from samjax.hashes import params_sha256
 from samjax.loading import load, load_adapted
 from samjax.lock import check_free, run_lock
 from samjax.models import MODELS, Sam
+from samjax.models.flash import check_attention
 from samjax.peft.architecture import left_out
 from samjax.problems import problem_of
 from samjax.run_inputs import check_inputs, inputs_of, tell_other_images
@@ -93,6 +94,7 @@ def _weights(config: Config) -> str:
 
 
 def _options(config: Config) -> dict[str, Any]:
+    check_attention(config.attention, config.dtype, jax.default_backend())
     model = None if config.model == "auto" else config.model
     return {"model": model, "attention": config.attention, "dtype": config.dtype}
 

@@ -94,7 +94,7 @@ def test_json_that_is_no_config(data, message):
 WRONG_CHOICES = (
     ({"keep": "Best", "validate_every": 2}, "keep must be one of last, best, not 'Best'"),
     ({"objects": "Each"}, "the nearest is each"),
-    ({"attention": "flash"}, "attention must be one of chunked, dense"),
+    ({"attention": "flash"}, "attention must be one of chunked, dense, cudnn, splash"),
     ({"dtype": "bf16"}, "dtype must be one of float32, bfloat16"),
     ({"remat": "block"}, "the nearest is blocks"),
     ({"eval_prompt": "boxes"}, "the nearest is box"),

@@ -16,7 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-AttentionKind = Literal["chunked", "dense"]
+from samjax.models.flash import fits, flash, fold_positions
+
+# `cudnn` and `splash` are `samjax.models.flash`.
+AttentionKind = Literal["chunked", "dense", "cudnn", "splash"]
 
 # 8 MB in float32: a CPU's caches hold it, and its allocator keeps the pages from chunk to chunk.
 # 96 MB of scores made the encoder of ViT-B a third slower than 16 MB did.
@@ -71,7 +74,8 @@ def attend_map(
 
     The position bias is a function of the *unscaled* queries. `chunked` equals `dense` up to
     rounding and holds `SCORES_PER_CHUNK` scores at most, or one row of one head; its derivative is
-    written by hand and for reverse mode only.
+    written by hand and for reverse mode only. The kernels never hold scores either; maps that they
+    do not take, such as windows, are `chunked`.
     """
     height, width = q.shape[2:4]
     table_h = relative_table(height, rel_pos_h).astype(q.dtype)
@@ -82,6 +86,9 @@ def attend_map(
         queries, keys, values = (_tokens(t) for t in (q, k, v))
         bias = bias.reshape(*queries.shape[:3], -1)
         return attend(queries, keys, values, bias).reshape(q.shape)
+    if kind != "chunked" and fits(kind, height * width):
+        queries, keys = fold_positions(q, k, *_biases(q, table_h, table_w))
+        return flash(kind, queries, keys, _tokens(v)).reshape(q.shape)
     some_heads, some_rows = chunk_sizes(*q.shape[:4])
     chunks = [_split(t, 1, some_heads) for t in (q, k, v)]
     return _join(_map(lambda qkv: _attend_rows(some_rows, *qkv, table_h, table_w), chunks), 1)
