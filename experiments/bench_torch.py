@@ -264,13 +264,16 @@ class Training:
         """The step of the mask decoder alone."""
         return self.stepper(self.load(), self.decode)
 
-    def lora(self, rank: int) -> Callable[[], float]:
+    def lora(self, rank: int, compiled: bool = False) -> Callable[[], float]:
         """That of LoRA of HuggingFace's peft on the fused qkv of every block."""
         import peft
 
         qkv = r"vision_encoder\..*\.qkv"
         lora = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=qkv)
-        return self.stepper(peft.get_peft_model(self.load(), lora), self.whole)
+        model = peft.get_peft_model(self.load(), lora)
+        if compiled:
+            model.vision_encoder.compile()
+        return self.stepper(model, self.whole)
 
     def _loss(self, output: Any) -> Any:
         """BCE, Dice and the squared error of the predicted IoU, as in `samjax.training.losses`."""

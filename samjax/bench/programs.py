@@ -24,8 +24,9 @@ class Program:
     """`function(*args)`, compiled anew, whatever earlier processes have compiled.
 
     `function` is jitted. `flops` are those of its matrix products and convolutions, of loops with
-    each of their turns; `argument_bytes` and `temporary_bytes` are counted by the compiler, None
-    where it has no counts. Raises DoesNotFit where that is known before the first call.
+    each of their turns; `argument_bytes`, `temporary_bytes` and `bytes`, all that it needs, are
+    counted by the compiler, None where it has no counts. Raises DoesNotFit where that is known
+    before the first call.
     """
 
     def __init__(self, function: Any, *args: Any) -> None:
@@ -39,14 +40,17 @@ class Program:
         memory = self.call.memory_analysis()
         self.argument_bytes = None if memory is None else memory.argument_size_in_bytes
         self.temporary_bytes = None if memory is None else memory.temp_size_in_bytes
+        self.bytes = None
         if memory is None:
             return
         # What is donated has no room of its own.
         outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        need = memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
+        self.bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
         has = available_bytes(jax.devices()[0])
-        if has is not None and need > has:
-            raise DoesNotFit(f"needs {gigabytes(need)} of memory, and there are {gigabytes(has)}")
+        if has is not None and self.bytes > has:
+            raise DoesNotFit(
+                f"needs {gigabytes(self.bytes)} of memory, and there are {gigabytes(has)}"
+            )
 
     def run(self) -> float:
         """Calls it with `args` and returns the seconds until its result is there.
