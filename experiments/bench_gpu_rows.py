@@ -7,6 +7,7 @@ Each yields `{"facts": ...}` of the library, `{"row": ...}` for what was measure
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import statistics
 import time
@@ -277,7 +278,6 @@ def _tensors(config: SamConfig) -> Any:
 
 def torch_encoder(args: argparse.Namespace) -> Iterator[Found]:
     """The original's and HuggingFace's encoder, eager and compiled."""
-    import torch
     from bench_torch import (  # pyrefly: ignore[missing-import]
         load_huggingface,
         load_original,
@@ -299,13 +299,16 @@ def torch_encoder(args: argparse.Namespace) -> Iterator[Found]:
         for batch_size in args.batches:
             pixels = pixels_of(config, place, batch_size)
             for name, encoder in encoders.items():
-
-                def make(encoder: Any = encoder, pixels: Any = pixels) -> Callable[[], Any]:
-                    call = torch.compile(encoder, dynamic=False) if compiled else encoder
-                    return place.finished(torch.inference_mode()(lambda: call(pixels)))
-
                 with_ = "compiled" if compiled else "eager"
+                make = functools.partial(_encoder_call, encoder, pixels, place, compiled)
                 yield _of_torch((name, with_, "encoder", None, batch_size), make, place)
+
+
+def _encoder_call(encoder: Any, pixels: Any, place: Any, compiled: bool) -> Callable[[], Any]:
+    import torch
+
+    call = torch.compile(encoder, dynamic=False) if compiled else encoder
+    return place.finished(torch.inference_mode()(lambda: call(pixels)))
 
 
 def torch_train(args: argparse.Namespace) -> Iterator[Found]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -71,8 +72,8 @@ class Place:
 
 def load_original(config: SamConfig, tensors: Tensors) -> Any:
     """The original's `Sam` with these weights, in evaluation mode."""
-    _stand_in_for_torchvision()
-    from segment_anything import modeling
+    with _stand_in_for_torchvision():
+        from segment_anything import modeling
 
     vit, side, width = vit_of(config), config.frame.height, config.prompt_embed_dim
     model = modeling.Sam(
@@ -334,16 +335,27 @@ def dispatch_training(setup: Setup) -> Model:
     return Model(calls, facts, lambda task: training.place.peak(calls[task]))
 
 
-def _stand_in_for_torchvision() -> None:
-    """segment-anything imports four of torchvision's functions; none of them is called here."""
+@contextlib.contextmanager
+def _stand_in_for_torchvision() -> Iterator[None]:
+    """segment-anything imports four of torchvision's functions; none of them is called here.
+
+    They are gone afterwards: transformers would take them for torchvision.
+    """
     if importlib.util.find_spec("torchvision"):
+        yield
         return
-    for name, functions in {
+    names = {
         "torchvision": (),
         "torchvision.ops": (),
         "torchvision.ops.boxes": ("batched_nms", "box_area"),
         "torchvision.transforms": (),
         "torchvision.transforms.functional": ("resize", "to_pil_image"),
-    }.items():
+    }
+    for name, functions in names.items():
         module = sys.modules[name] = types.ModuleType(name)
         vars(module).update(dict.fromkeys(functions))
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
