@@ -17,16 +17,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from bench_encoder import Size, restrict_cores, run  # pyrefly: ignore[missing-import]
+from bench_cli import Size, restrict_cores, run  # pyrefly: ignore[missing-import]
 from rich.console import Console
 
-from samjax.bench import Step, cpu_name, machine_load, markdown, ratios, take_turns
+from samjax.bench import machine
+from samjax.bench.inputs import random_params
+from samjax.bench.programs import Step
+from samjax.bench.rounds import ratios, take_turns
+from samjax.bench.steps import open_step
+from samjax.bench.tables import markdown, size
 from samjax.config import Config
-from samjax.models import MSam, Sam
-from samjax.models.msam import msam_params
+from samjax.models import Sam
 from samjax.peft import MethodConfig
-from samjax.tasks import CLASSES, NYUV2, Task
-from samjax.training.memory import gigabytes
+from samjax.tasks import NYUV2, Task
 
 FIRST_BLOCKS = (0, 6, 9)
 
@@ -39,36 +42,17 @@ class Bench(Size):
     """
 
 
-def dense_batch(model: MSam) -> dict[str, Any]:
-    """One image of noise with a truth for each task."""
-    rng = np.random.default_rng(0)
-    height, width = model.config.frame.shape
-
-    def truth(task: Task) -> np.ndarray:
-        if task.loss in CLASSES:
-            return rng.integers(0, task.classes, (1, height, width), np.int32)
-        values = rng.random((1, task.channels, height, width), np.float32) + 0.5
-        return values / np.linalg.norm(values, axis=1) if task.channels == 3 else values
-
-    return {
-        "image": rng.integers(0, 256, (1, height, width, 3), np.uint8),
-        "input_size": np.int32([[height, width]]),
-        "truth": {task.name: truth(task) for task in model.tasks},
-    }
-
-
 def step_of(sam: Sam, params: Any, tasks: tuple[Task, ...], method: MethodConfig) -> Step:
     """The compiled step of a model of some tasks."""
-    model = MSam(sam.config, tasks=tasks)
     config = Config(tasks=tuple(map(str, tasks)), method=method, batch_size=1)
-    return Step(model, config, msam_params(params, model), jax.device_put(dense_batch(model)))
+    return open_step(sam, config, params)
 
 
 def bench(args: Bench, console: Console) -> dict[str, Any]:
     """The whole comparison, as a JSON-able dict."""
     sam, cores = Sam(args.config()), restrict_cores(args.cores)
-    load = machine_load(console)
-    params = jax.jit(sam.init_params)(jax.random.key(0))
+    load = machine.machine_load(console)
+    params = jax.device_put(random_params(sam))
     stl = {
         f"LoRA-STL {task.name}": step_of(sam, params, (task,), MethodConfig("lora_stl"))
         for task in NYUV2
@@ -88,9 +72,9 @@ def bench(args: Bench, console: Console) -> dict[str, Any]:
         {
             "name": name,
             "seconds": list(seconds[name]),
-            "flops": step.flops,
+            "flops": step.program.flops,
             "trainable": step.trainable,
-            "bytes": step.temporary_bytes,
+            "bytes": step.program.temporary_bytes,
             # How many times as fast as LoRA-STL's three, and as the FLOPs would have it.
             **(ratios(three, seconds[name]) if name in shared else {}),
             **({"bound": flops / step.needed_flops} if name in shared else {}),
@@ -98,7 +82,7 @@ def bench(args: Bench, console: Console) -> dict[str, Any]:
         for name, step in steps.items()
     ]
     return {
-        "cpu": cpu_name(),
+        "cpu": machine.cpu_name(),
         "cores": cores,
         "load": load,
         "image_size": args.image_size,
@@ -128,11 +112,11 @@ def table(result: dict[str, Any]) -> str:
                 f"{least:.2f} to {most:.2f}" if shared else "-",
                 f"{row['bound']:.2f}" if shared else "-",
                 f"{row['flops'] / 1e9:.4g}",
-                "-" if row["bytes"] is None else gigabytes(row["bytes"]),
+                size(row["bytes"]),
             )
         )
     return f"{head}\n\n{markdown(rows)}"
 
 
 if __name__ == "__main__":
-    sys.exit(run(Bench, "bench_ta_lora.py", bench, table))
+    sys.exit(run(Bench, sys.argv[1:], "bench_ta_lora.py", bench, table))

@@ -1,19 +1,17 @@
 """One model in a process of its own: both ends of the line to it.
 
-`python bench_worker.py MODULE NAME SETUP`: MODULE has the model's builder in its `BUILDERS`, SETUP
-is a JSON object with the fields of `bench_models.Setup`. The worker answers with one line of JSON
-when the model is ready, then with one for each line that it reads, the name of a method of the
-model: `{"seconds": ...}`. An encoder has `encode`, `decode` (one box, prompt encoder and mask
-decoder) and `product` (of square matrices, for the machine's rate); `memory` encodes once, gives
-`{"peak_bytes": ...}`, and writes the embedding, (rows, columns, channels), to `Setup.embedding`.
+`python bench_worker.py BUILDER SETUP`: BUILDER is MODULE.FUNCTION, which makes a
+`bench_models.Model`, SETUP a JSON object with the fields of `bench_models.Setup`. The worker
+answers with one line of JSON when the model is ready, then with one for each line that it reads:
+the name of one of the model's calls gives `{"seconds": ...}`; `memory CALL` gives
+`{"peak_bytes": ...}`; and `save` writes the embedding of the first image, (rows, columns,
+channels), to `Setup.embedding`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
-import gc
 import importlib
 import json
 import os
@@ -21,23 +19,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from bench_models import Setup  # pyrefly: ignore[missing-import]
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 class Worker:
-    """A library's model in a process of its own; `module` has its builder."""
+    """A library's model in a process of its own; `builder` makes it, as MODULE.FUNCTION."""
 
-    def __init__(self, name: str, setup: Setup, environment: dict[str, str], module: str) -> None:
+    def __init__(self, name: str, setup: Setup, environment: dict[str, str], builder: str) -> None:
         self.name = name
         # A pipe would fill up and block; this is read when something goes wrong.
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            [sys.executable, __file__, module, name, json.dumps(dataclasses.asdict(setup))],
+            [sys.executable, __file__, builder, json.dumps(dataclasses.asdict(setup))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -71,47 +71,53 @@ class Worker:
         self._errors.close()
 
 
-def main(module: str, name: str, setup: Setup) -> None:
+@contextlib.contextmanager
+def started(
+    setups: Mapping[str, Setup], builders: Mapping[str, str], console: Console
+) -> Iterator[list[Worker]]:
+    """The workers, each ready; they end with the block."""
+    workers: list[Worker] = []
+    try:
+        for name, setup in setups.items():
+            with console.status(f"loading {name}"):
+                environment = environment_of(setup.device, builders[name])
+                workers.append(Worker(name, setup, environment, builders[name]))
+        yield workers
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+def environment_of(device: str, builder: str) -> dict[str, str]:
+    """On a GPU, JAX leaves room for others, and has it only where it is what is timed."""
+    if device == "cpu":
+        return {**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    platform = "cuda" if builder.startswith("bench_jax.") else "cpu"
+    chosen = {"JAX_PLATFORMS": platform, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    return {**os.environ, **chosen}
+
+
+def main(builder: str, setup: Setup) -> None:
     """Builds a model, then does what it is told until its input ends."""
     # Libraries may print; only answers go to the parent.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    model = importlib.import_module(module).BUILDERS[name](setup)
+    module, _, function = builder.rpartition(".")
+    model = getattr(importlib.import_module(module), function)(setup)
     answers.write(json.dumps(model.facts) + "\n")
     for line in sys.stdin:
-        if line.strip() == "memory":
-            result, peak = _memory(model.encode)
-            np.save(setup.embedding, model.as_array(result)[0])
-            answers.write(json.dumps({"peak_bytes": peak}) + "\n")
+        task, *rest = line.split()
+        if task == "memory":
+            answer = {"peak_bytes": model.peak(*rest)}
+        elif task == "save":
+            np.save(setup.embedding, model.as_array(model.calls["encode"]())[0])
+            answer = {}
         else:
-            call = getattr(model, line.strip())
             start = time.perf_counter()
-            call()
-            answers.write(json.dumps({"seconds": time.perf_counter() - start}) + "\n")
-
-
-def _memory(call: Callable[[], Any]) -> tuple[Any, int | None]:
-    """The result of a call and the most bytes that the process held meanwhile, beyond before it.
-
-    None for the bytes where there is no Linux to tell.
-    """
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # what loading has left free would be used again, unseen
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    except OSError:
-        return call(), None
-    before = _status("VmRSS")
-    result = call()
-    return result, _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
-    return 1024 * int(kilobytes)
+            model.calls[task]()
+            answer = {"seconds": time.perf_counter() - start}
+        answers.write(json.dumps(answer) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Setup(**json.loads(sys.argv[3])))
+    main(sys.argv[1], Setup(**json.loads(sys.argv[2])))

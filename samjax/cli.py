@@ -44,7 +44,7 @@ verbs:
               samjax arch runs/kvasir_nas_lora
   params      how many numbers a method trains
               samjax params --model vit_b --method lora
-  bench       how fast methods train on this machine
+  bench       how fast models encode, train and are evaluated on this machine
               samjax bench methods --model vit_b
   merge       fold an adapter into its weights
               samjax merge --weights mobile_sam --adapter runs/kvasir_lora/adapter.safetensors dst

@@ -123,6 +123,15 @@ def draw_params():
     return build
 
 
+@pytest.fixture
+def quick_compilation():
+    """Less is optimised: what compiled programs take is of no interest here."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(small_config) -> Sam:
     """A SAM of a few hundred kB whose encoder is a TinyViT with a block of each kind."""

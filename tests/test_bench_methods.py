@@ -1,21 +1,17 @@
-"""`samjax bench methods` and the comparison with HuggingFace, at sizes of no interest."""
+"""`samjax bench methods`, at sizes of no interest."""
 
-import importlib.util
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-import jax
 import pytest
 
-from samjax.bench import bench_methods, methods_rows, ratios, training_config
+from samjax.bench import methods
+from samjax.bench.rounds import ratios
+from samjax.bench.steps import training_config
 from samjax.cli import main
 from samjax.models import MODELS
 from samjax.peft.method_config import MethodConfig
 from samjax.terminal import error_console
 
-REPO = Path(__file__).resolve().parent.parent
 RANK = 4
 
 
@@ -49,18 +45,9 @@ def lora_beside_decoder(recomputed: bool) -> int:
     return decoder + neck + blocks
 
 
-@pytest.fixture
-def quick_compilation():
-    """Less is optimised: what compiled programs take is of no interest here."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def test_ratios_stand_beside_their_bounds(monkeypatch, small_config, quick_compilation):
     monkeypatch.setitem(MODELS, "small", small_config)
-    result = bench_methods("small", None, ["lora", "decoder"], 1, 2, error_console())
+    result = methods.measure("small", None, ["lora", "decoder"], 1, 2, error_console())
     json.dumps(result)
     decoder, lora = result["methods"]["decoder"], result["methods"]["lora"]
     assert list(result["methods"]) == ["decoder", "lora"]
@@ -74,7 +61,7 @@ def test_ratios_stand_beside_their_bounds(monkeypatch, small_config, quick_compi
         assert row["compile_seconds"] > 0 and row["temporary_bytes"] > 0
         assert row["ratio"] == pytest.approx(row["share_of_bound"] * row["bound"])
     assert decoder["ratio"] == decoder["bound"] == 1
-    head, *rows = methods_rows(result)
+    head, *rows = methods.rows(result)
     assert [row[0] for row in rows] == ["decoder", "lora"]
     assert {len(row) for row in rows} == {len(head)}
 
@@ -93,8 +80,6 @@ def test_ratios_are_of_rounds():
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ((), "samjax bench has no ''; the nearest is methods"),
-        (("method",), "samjax bench has no 'method'; the nearest is methods"),
         (("methods", "--model", "vit_x"), "unknown model 'vit_x'"),
         (("methods", "--methods", "lorra"), "unknown method 'lorra'; the nearest is lora"),
         (("methods", "--methods", "lora:rnk=8"), "no setting 'rnk'; the nearest is rank"),
@@ -136,7 +121,7 @@ def test_the_table_as_text_and_as_markdown(monkeypatch, capsys, tmp_path):
         "rounds": 5,
         "methods": {"lora": row},
     }
-    monkeypatch.setattr("samjax.bench.bench_methods", lambda *args: result)
+    monkeypatch.setattr("samjax.bench.methods.measure", lambda *args: result)
     out = tmp_path / "table.md"
     assert main(["bench", "methods", "--json", "--out", str(out)]) == 0
     shown = capsys.readouterr()
@@ -145,32 +130,3 @@ def test_the_table_as_text_and_as_markdown(monkeypatch, capsys, tmp_path):
     for text in (shown.err, out.read_text()):
         assert all(cell in text for cell in cells)
         assert "1024 x 1024 px, float32, batch 1; median of 5 rounds" in text
-
-
-@pytest.mark.slow
-def test_huggingface_computes_the_same():
-    if not all(map(importlib.util.find_spec, ("torch", "transformers", "peft"))):
-        pytest.skip("HuggingFace transformers and peft are not installed")
-    command = [sys.executable, str(REPO / "experiments/bench_methods.py"), "--image-size", "64"]
-    options = ["--depth", "3", "--rounds", "2", "--json"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr  # else the losses differ
-    libraries = json.loads(done.stdout)["libraries"]
-    assert list(libraries) == ["samjax", "peft"]
-    for row in libraries.values():
-        assert len(row["seconds"]["lora"]) == 2 and row["ratio"] > 0
-
-
-@pytest.mark.slow
-def test_searchable_cells_beside_dispatched_experts():
-    if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
-        pytest.skip("HuggingFace transformers is not installed")
-    command = [sys.executable, str(REPO / "experiments/bench_nas_lora.py"), "--image-size", "64"]
-    options = ["--depth", "1", "--rounds", "1", "--json"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    rows = {(row["library"], row["method"]): row for row in json.loads(done.stdout)["rows"]}
-    assert len(rows) == 6 and all(row["ratio"] > 0 for row in rows.values())
-    assert rows["torch", "lora"]["ratio"] == rows["samjax", "lora"]["ratio"] == 1
-    flops = [rows["samjax", name]["flops"] for name in ("lora", "nas_pc_lora", "nas_lora")]
-    assert flops == sorted(flops) and flops[2] < 1.01 * flops[0]

@@ -11,7 +11,16 @@ HEAVY = ("grain", "tyro", "torch", "tensorflow", "tensorflow_datasets")
 
 @pytest.mark.parametrize(
     "module",
-    ["samjax", "samjax.models", "samjax.peft", "samjax.training.step", "weights_convert"],
+    [
+        "samjax",
+        "samjax.models",
+        "samjax.peft",
+        "samjax.training.step",
+        "samjax.bench.programs",
+        "samjax.bench.inputs",
+        "samjax.bench.machine",
+        "weights_convert",
+    ],
 )
 def test_core_needs_no_data_loader_or_command_line(module):
     code = (

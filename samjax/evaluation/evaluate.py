@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 from scipy import special
 
 from samjax.evaluation.metrics import overlap
@@ -73,14 +74,15 @@ class Evaluation:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _predict(model: Sam, variables: Any, batch: dict[str, Any]) -> Any:
+def predict(model: Sam, variables: Any, batch: dict[str, Any]) -> Float[Array, "b h w"]:
+    """Logits of mask 0 of each image's prompt, at the decoder's resolution."""
     prompts = Prompts(batch["coords"], batch["labels"])
     logits, _ = model.apply(variables, batch["image"], batch["input_size"], prompts)
     return logits[:, 0]
 
 
 @jax.jit
-def _measure(logits: Any, rows: Any, columns: Any, truth: Any) -> tuple[dict[str, Any], Any, Any]:
+def measure(logits: Any, rows: Any, columns: Any, truth: Any) -> tuple[dict[str, Any], Any, Any]:
     """Overlap, masks and logits at the images' own resolutions, padded to a common size.
 
     `rows` (b, h, l) and `columns` (b, w, m) are the post-processing matrices of each image, zero
@@ -120,8 +122,8 @@ def evaluate(
     with ThreadPoolExecutor() as threads:
         for batch in batches:
             inputs = {key: batch[key] for key in ("image", "input_size", "coords", "labels")}
-            logits = _predict(model, variables, inputs)
-            metrics, masks, full = _measure(logits, *_postprocessing(model, batch))
+            logits = predict(model, variables, inputs)
+            metrics, masks, full = measure(logits, *postprocessing(model, batch["truth"]))
             valid = batch["valid"]
             names += [name for name, use in zip(batch["names"], valid, strict=True) if use]
             for key, values in metrics.items():
@@ -144,10 +146,11 @@ def _saliency(logits: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     return saliency(special.expit(logits[:height, :width]), truth)
 
 
-def _postprocessing(model: Sam, batch: dict[str, Any]) -> tuple[np.ndarray, ...]:
-    rows, columns = resizing(model, [truth.shape for truth in batch["truth"]])
+def postprocessing(model: Sam, truths: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """What `measure` takes beside the logits, for `truths` (h, w) of the images' own sizes."""
+    rows, columns = resizing(model, [truth.shape for truth in truths])
     truth = np.zeros((rows.shape[0], rows.shape[1], columns.shape[1]), bool)
-    for padded, own in zip(truth, batch["truth"], strict=True):
+    for padded, own in zip(truth, truths, strict=True):
         padded[: own.shape[0], : own.shape[1]] = own
     return rows, columns, truth
 

@@ -1,0 +1,66 @@
+"""The training step of a run, compiled for random weights and a random batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from samjax import peft as peft_lib
+from samjax.bench.inputs import dense_batch, random_batch, random_params
+from samjax.bench.programs import Step
+from samjax.config import Config
+from samjax.data.prompts import PromptConfig
+from samjax.method_text import with_method
+from samjax.models import MSam, Sam
+from samjax.problems import problem_of
+from samjax.terminal import progress_bar
+from samjax.training.loop import prepare
+
+
+def training_config(method: str, batch_size: int) -> Config:
+    """The run that a method's step is taken from: defaults, but a box as prompt."""
+    prompts = PromptConfig(none=0.0, box=1.0)
+    return with_method(Config(batch_size=batch_size, prompts=prompts), method)
+
+
+def open_step(sam: Sam, config: Config, params: Any) -> Step:
+    """The step of a run of `config`; of several stages the one in which most trains.
+
+    `params` are SAM's; frozen leaves among them are shared.
+    """
+    model, params = problem_of(config).build(sam, params)
+    spec = config.spec()
+    base = {"params": params, "peft": peft_lib.attach(spec, model, params, jax.random.key(0))}
+    trainer = prepare(config, model, spec, base, config.num_steps(1000))
+    stage = max((span.stage for span in trainer.spans), key=lambda stage: len(stage.groups))
+    # Dense attention keeps what chunks compute again, and multiplies the same.
+    leaner = model.clone(attention="dense", remat="none")
+    twin = prepare(config, leaner, spec, base, config.num_steps(1000)).step(stage)
+    batch = (
+        dense_batch(model, config.batch_size, config.tasks_per_step)
+        if isinstance(model, MSam)
+        else random_batch(model.config, config.batch_size)
+    )
+    arguments = trainer.state, trainer.frozen, jax.device_put(batch)
+    return Step(trainer.step(stage), twin, *arguments)
+
+
+def compiled_steps(
+    model: Sam, configs: Mapping[str, Config], console: Console, params: Any = None
+) -> dict[str, Step]:
+    """The step of each method by name; frozen weights are one copy for all.
+
+    `params` are random where none are given.
+    """
+    params = jax.device_put(random_params(model) if params is None else params)
+    steps = {}
+    with progress_bar(console) as bar:
+        task = bar.add_task("compiling", total=len(configs), note="")
+        for name, config in configs.items():
+            bar.update(task, note=name)
+            steps[name] = open_step(model, config, params)
+            bar.advance(task)
+    return steps
