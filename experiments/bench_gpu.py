@@ -94,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
         default=["lora", "decoder", "nas_lora", "sam_parser"],
         help="what samjax trains; torch has lora and decoder of these",
     )
+    parser.add_argument(
+        "--attention", default="chunked", help="samjax's in training: chunked, or cudnn on a GPU"
+    )
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on a CPU")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # LIBRARY:TASK, in a process of its own
     return parser
@@ -103,8 +106,9 @@ def _rows_of(
     part: str, limit: float, args: argparse.Namespace, notes: list[str]
 ) -> Iterator[dict[str, Any]]:
     """What the process of a part says, until it ends or its time is over; `notes` get why."""
-    options = [*map(str, ("--most", args.most, "--batches", *args.batches, "--methods"))]
-    command = [sys.executable, __file__, "--part", part, *options, *args.methods]
+    options = [*map(str, ("--most", args.most, "--batches", *args.batches))]
+    options += ["--attention", args.attention, "--methods", *args.methods]
+    command = [sys.executable, __file__, "--part", part, *options]
     on_jax = part.startswith("samjax")
     environment = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
     if args.tiny or not on_jax:

@@ -100,19 +100,23 @@ def samjax_encoder(args: argparse.Namespace) -> Iterator[Found]:
     from samjax.bench.inputs import random_params
     from samjax.bench.programs import DoesNotFit, Program
     from samjax.models.attention import AttentionKind
+    from samjax.models.flash import computes
 
     yield _jax_facts(args)
     config = config_of(args)
     variables = {"params": jax.device_put(random_params(Sam(config)))}
+
+    def encode(kind: Any) -> Any:
+        model = Sam(config, attention=kind, dtype=jnp.bfloat16)
+        return jax.jit(lambda v, x: model.apply(v, x, method="encode_normalized"))
+
     for batch_size in args.batches:
         image = jax.device_put(random_image(config, batch_size))
         for kind in get_args(AttentionKind):
-            model = Sam(config, attention=kind, dtype=jnp.bfloat16)
-            encode = jax.jit(
-                lambda v, x, model=model: model.apply(v, x, method="encode_normalized")
-            )
+            if not computes(kind, "bfloat16", jax.default_backend()):
+                continue
             try:
-                program = Program(encode, variables, image)
+                program = Program(encode(kind), variables, image, twin=encode("chunked"))
                 row = _row("samjax", kind, "encoder", None, batch_size, timed(program.run))
             except DoesNotFit as error:
                 yield {"note": f"samjax's encoder, {kind}, batch {batch_size}: {error}"}
@@ -162,10 +166,12 @@ def samjax_train(args: argparse.Namespace) -> Iterator[Found]:
 
     from samjax.bench.inputs import random_params
     from samjax.bench.programs import DoesNotFit
+    from samjax.models.flash import check_attention
     from samjax.training.memory import available_bytes
 
     config = config_of(args)
-    model = Sam(config, dtype=jnp.bfloat16)
+    check_attention(args.attention, "bfloat16", jax.default_backend())
+    model = Sam(config, attention=args.attention, dtype=jnp.bfloat16)
     params = jax.device_put(random_params(model))
     known: dict[str, dict[int, int]] = {method: {} for method in args.methods}
 

@@ -107,8 +107,8 @@ def test_the_pipeline_beside_its_step(capsys, monkeypatch, tmp_path):
 def test_what_does_not_fit_is_left_out(capsys, monkeypatch):
     whole = Program.__init__
 
-    def limited(self, function, *args):
-        whole(self, function, *args)
+    def limited(self, function, *args, **twin):
+        whole(self, function, *args, **twin)
         if args[-1].shape[0] == 2:
             raise DoesNotFit("needs 2 GB of memory, and there are 1 GB")
 

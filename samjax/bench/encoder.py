@@ -18,6 +18,7 @@ from samjax.bench.programs import Program, product_side
 from samjax.bench.rounds import check_rounds
 from samjax.models import Sam, VitConfig
 from samjax.models.attention import AttentionKind
+from samjax.models.flash import check_attention, computes
 
 
 def measure(
@@ -29,9 +30,10 @@ def measure(
     rounds: int,
     console: Console,
 ) -> dict[str, Any]:
-    """Times each combination of `attention` (None: all kinds), `dtypes` and `batch_sizes`.
+    """Times each combination of `attention`, `dtypes` and `batch_sizes`.
 
-    Raises ValueError for a model, a size or a setting that there is not.
+    `attention` None is all kinds that the device computes. Raises ValueError for a model, a size or
+    a setting that there is not.
     """
     config = model_config(model_name, image_size)
     check_rounds(rounds)
@@ -39,22 +41,32 @@ def measure(
     has_kinds = isinstance(config.image_encoder, VitConfig)
     if attention is not None and not has_kinds:
         raise ValueError(f"{model_name} has one attention only: leave out attention")
+    platform = jax.default_backend()
+    for kind, dtype in itertools.product(attention or (), dtypes):
+        check_attention(kind, dtype, platform)
     kinds = attention or (get_args(AttentionKind) if has_kinds else ("chunked",))
     load = machine.facts(console)
     variables = {"params": jax.device_put(random_params(Sam(config)))}
 
     def case(kind: Any, dtype: str, batch_size: int) -> Case:
-        model = Sam(config, attention=kind, dtype=jnp.dtype(dtype))
+        def encode(kind: Any) -> Any:
+            model = Sam(config, attention=kind, dtype=jnp.dtype(dtype))
+            return jax.jit(lambda v, x: model.apply(v, x, method="encode_normalized"))
+
         image = np.random.default_rng(0).normal(size=(batch_size, *config.frame.shape, 3))
 
         def make() -> Program:
-            encode = jax.jit(lambda v, x: model.apply(v, x, method="encode_normalized"))
-            return Program(encode, variables, jax.device_put(image.astype(np.float32)))
+            image_on_device = jax.device_put(image.astype(np.float32))
+            return Program(encode(kind), variables, image_on_device, twin=encode("chunked"))
 
         settings = {"attention": kind if has_kinds else "windows", "dtype": dtype}
         return Case({**settings, "batch_size": batch_size}, batch_size, dtype, make)
 
-    cases = [case(*of) for of in itertools.product(kinds, dtypes, batch_sizes)]
+    cases = [
+        case(kind, dtype, batch_size)
+        for kind, dtype, batch_size in itertools.product(kinds, dtypes, batch_sizes)
+        if computes(kind, dtype, platform)
+    ]
     side = product_side(max(config.frame.shape))
     return {
         **load,

@@ -24,15 +24,15 @@ class Program:
     """`function(*args)`, compiled anew, whatever earlier processes have compiled.
 
     `function` is jitted. `flops` are those of its matrix products and convolutions, of loops with
-    each of their turns; `argument_bytes`, `temporary_bytes` and `bytes`, all that it needs, are
-    counted by the compiler, None where it has no counts. Raises DoesNotFit where that is known
-    before the first call.
+    each of their turns, or of a `twin` that shows what is inside of kernels; `argument_bytes`,
+    `temporary_bytes` and `bytes`, all that it needs, are counted by the compiler, None where it has
+    no counts. Raises DoesNotFit where that is known before the first call.
     """
 
-    def __init__(self, function: Any, *args: Any) -> None:
+    def __init__(self, function: Any, *args: Any, twin: Any = None) -> None:
         self.args = args
         traced = function.trace(*args)
-        self.flops = program_flops(traced.jaxpr)
+        self.flops = program_flops((traced if twin is None else twin.trace(*args)).jaxpr)
         start = time.perf_counter()
         with _compiled_anew(), _out_of_memory():
             self.call = traced.lower().compile()

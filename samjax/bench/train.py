@@ -20,6 +20,7 @@ from samjax.bench.rounds import check_rounds
 from samjax.bench.steps import open_step, training_config
 from samjax.config import Config, load_experiment
 from samjax.models import Sam
+from samjax.models.flash import check_attention
 
 # Columns of the table, by their titles.
 TITLES = {
@@ -51,6 +52,8 @@ def measure(
         dataclasses.replace(config, **dict(zip(settings, values, strict=True)))
         for values in itertools.product(*settings.values())
     ]
+    for config in configs:
+        check_attention(config.attention, config.dtype, jax.default_backend())
     load = machine.facts(console)
     params = jax.device_put(random_params(Sam(sam_config)))
 

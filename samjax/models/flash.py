@@ -63,7 +63,7 @@ def flash(
 
 
 def check_attention(kind: str, dtype: str, platform: str) -> None:
-    """Raises ValueError where devices of a platform (cpu, gpu, tpu) lack the kernel of a kind."""
+    """Raises ValueError where devices of a platform (cpu, gpu, tpu) do not compute a kind."""
     needs = {"cudnn": "gpu", "splash": "tpu"}.get(kind, platform)
     if platform != needs:
         raise ValueError(
@@ -72,6 +72,15 @@ def check_attention(kind: str, dtype: str, platform: str) -> None:
         )
     if kind == "cudnn" and dtype != "bfloat16":
         raise ValueError("attention cudnn computes in 16 bits: set dtype to bfloat16")
+
+
+def computes(kind: str, dtype: str, platform: str) -> bool:
+    """Whether `check_attention` lets it pass."""
+    try:
+        check_attention(kind, dtype, platform)
+    except ValueError:
+        return False
+    return True
 
 
 def fits(kind: FlashKind, tokens: int) -> bool:
