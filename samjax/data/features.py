@@ -41,8 +41,8 @@ from samjax.lock import try_lock, wait_lock
 CONTENTS = "contents.json"
 # Many shards lose little where one is interrupted; a process may open a thousand files or so.
 _LEAST_IN_SHARD, _MOST_SHARDS = 16, 256
-# Bytes on disk for one of a record: what the container adds, rounded up.
-_OVERHEAD = 1.02
+# What array_record adds, rounded up: a share of the records, and bytes of padding for each shard.
+_OVERHEAD, _PADDING = 1.02, 2**17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ class FeatureStore:
     def bytes_of(self, shards: Sequence[int]) -> int:
         """Bytes on disk that shards take, rounded up."""
         images = sum(len(self.images_in(shard)) for shard in shards)
-        return math.ceil(images * self.record_bytes * _OVERHEAD) + len(shards) * 2**16
+        return math.ceil(images * self.record_bytes * _OVERHEAD) + len(shards) * _PADDING
 
     def free_bytes(self) -> int:
         """Bytes free where the folder is, or will be. Raises OSError where it cannot be made."""
@@ -208,12 +208,10 @@ class FeatureStore:
         file = self._file(shard)
         if not file.is_file():
             return False
-        reader = array_record_module.ArrayRecordReader(str(file))
         try:
-            if not reader.ok() or reader.num_records() != len(self.images_in(shard)):
-                return False
-            return len(reader.read([0])[0]) == self.record_bytes
+            with contextlib.closing(array_record_module.ArrayRecordReader(str(file))) as reader:
+                if not reader.ok() or reader.num_records() != len(self.images_in(shard)):
+                    return False
+                return len(reader.read([0])[0]) == self.record_bytes
         except RuntimeError:
             return False
-        finally:
-            reader.close()
