@@ -107,6 +107,10 @@ class Config:
     # What the backward pass computes again instead of keeping: nothing, or the inside of each block
     # of the encoder.
     remat: Literal["none", "blocks"] = "none"
+    # Whether what the encoder makes of each image before anything trains or is adapted is computed
+    # once and kept on disk (`samjax.data.features` says where). auto: where no augmentation changes
+    # images, that is half of the encoder or more, each image is seen twice, and the disk has room.
+    cache_features: Literal["auto", "on", "off"] = "auto"
     # Steps between two lines of metrics.jsonl.
     log_every: int = 10
     # Steps between two checkpoints.
@@ -144,6 +148,11 @@ class Config:
             if self.patience is not None:
                 raise ValueError("patience counts validations: set validate_every, or leave it out")
         self._check_tasks()
+        if self.cache_features == "on" and self.image_changes:
+            raise ValueError(
+                f"cache_features on needs images that no epoch changes, and "
+                f"{self.image_changes[0]} changes them: turn that off, or leave cache_features out"
+            )
         if self.objects == "each" and (self.prompts.none or self.evaluation_prompt == "none"):
             raise ValueError(
                 "with objects each a prompt must tell which object is meant: set prompts.none to 0 "
@@ -216,6 +225,14 @@ class Config:
         name = self.best_metric or f"{first.name}/{next(iter(first.metrics))}"
         task, _, metric = name.partition("/")
         return name, tasks[task].metrics[metric]
+
+    @property
+    def image_changes(self) -> tuple[str, ...]:
+        """The settings of augmentation by which training changes images."""
+        name, augment = "augment", self.augment
+        if self.tasks:
+            name, augment = "dense_augment", self.dense_augment
+        return tuple(f"{name}.{setting}" for setting in augment.changing)
 
     def num_steps(self, num_images: int) -> int:
         """Optimiser steps for a training split of `num_images`."""

@@ -35,9 +35,10 @@ from samjax.models import MODELS, Sam
 from samjax.models.flash import check_attention
 from samjax.peft.architecture import left_out
 from samjax.problems import problem_of
-from samjax.run_inputs import check_inputs, inputs_of, tell_other_images
+from samjax.run_inputs import check_inputs, inputs_of, tell_other_images, trunk_of
 from samjax.terminal import progress_bar, progress_on
 from samjax.training.loop import STEP_MEMORY, check_stages, fit
+from samjax.training.trunk import Trunk, plan_trunk
 from samjax.viz import save_png
 
 ADAPTER = "adapter.safetensors"
@@ -184,7 +185,9 @@ def train(
     console.print(str(report))
     *counts, last = (f"{len(source)} {_KINDS[name]}" for name, source in sources.items())
     console.print(f"{', '.join(counts)} and {last} images, {config.data}")
-    inputs = inputs_of(sources, base_sha256)
+    known = trunk_of(out) if resume else None
+    trunk = plan_trunk(config, model, spec, params, sources["train"], console, known)
+    inputs = inputs_of(sources, base_sha256, trunk.point if trunk else "")
     check_inputs(out, inputs, config)
     known_before = None
     if before_in is not None:
@@ -201,7 +204,7 @@ def train(
         write_json(out / "config.json", config.to_json())  # first: it makes this a run folder
         write_json(out / "inputs.json", inputs)
         summary = _train(
-            config, out, spec, model, base, base_sha256, sources, console, known_before
+            config, out, spec, model, base, base_sha256, sources, console, known_before, trunk
         )
         summary |= {
             "trainable": report.trainable,
@@ -224,6 +227,7 @@ def _train(
     sources: dict[str, Dataset],
     console: Console,
     known_before: Evaluation | None,
+    trunk: Trunk | None,
 ) -> dict[str, Any]:
     """The run itself, in a folder that is this process's; no part that is done is repeated."""
 
@@ -254,6 +258,8 @@ def _train(
         return problem.evaluate(model, variables, sources["validation"], briefly=True).mean
 
     before = evaluation(base, "before", known_before)
+    if trunk is not None:
+        trunk.compute(model, base["params"], sources["train"], config.eval_batch_size, console)
     fitted = fit(
         config,
         model,
@@ -263,6 +269,7 @@ def _train(
         out,
         console,
         validate if "validation" in sources else None,
+        trunk,
     )
     after = evaluation(fitted.variables, "after")
 

@@ -17,12 +17,17 @@ _NAME = "inputs.json"
 _HASHES = ("train", "validation", "test", "weights")
 
 
-def inputs_of(sources: dict[str, Dataset], base_sha256: str) -> dict[str, Any]:
-    """What inputs.json holds: the hashes of each split's names and of the weights, and what the
-    training images are called.
+def inputs_of(sources: dict[str, Dataset], base_sha256: str, trunk: str) -> dict[str, Any]:
+    """What inputs.json holds: the hashes of each split's names and of the weights, what the
+    training images are called, and from which point of the encoder training starts.
     """
     hashes = {name: _names_sha256(source) for name, source in sources.items()}
-    return {**hashes, "weights": base_sha256, "train_names": list(sources["train"].names)}
+    return {
+        **hashes,
+        "weights": base_sha256,
+        "trunk": trunk,
+        "train_names": list(sources["train"].names),
+    }
 
 
 def check_inputs(out: Path, inputs: dict[str, Any], config: Config) -> None:
@@ -38,6 +43,12 @@ def check_inputs(out: Path, inputs: dict[str, Any], config: Config) -> None:
             f"cannot resume {out}: {what} changed since it started; restore them, or start anew in "
             "another folder"
         )
+
+
+def trunk_of(out: Path) -> str | None:
+    """The point of the encoder from which a run trains, "" without features; None for no run."""
+    file = out / _NAME
+    return _read_inputs(file).get("trunk", "") if file.is_file() else None
 
 
 def tell_other_images(

@@ -33,6 +33,11 @@ class AugmentConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), but is {getattr(self, name)}")
 
+    @property
+    def changing(self) -> tuple[str, ...]:
+        """The names of the settings by which an image can change."""
+        return tuple(f.name for f in dataclasses.fields(self) if getattr(self, f.name))
+
 
 NO_AUGMENTATION = AugmentConfig(flip=False, scale_crop=0.0, color_jitter=0.0)
 

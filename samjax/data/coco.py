@@ -178,6 +178,10 @@ class CocoSource:
         for _ in walk(check, images, "checking sizes"):
             pass
 
+    def image_file(self, index: int) -> Path:
+        """The file of a sample's image, which all its objects share."""
+        return self._split.path(self._items[index].image)
+
 
 def take_split(coco: Coco, split: str, is_flat: bool, seed: int, fractions: Fractions) -> CocoSplit:
     """The images of one split: all of the JSON's, or, where `is_flat`, those that the seed draws.

@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
+from samjax.data.images import ImageFile
 from samjax.data.sources import TFDS, is_tfds
 from samjax.data.splits import check_split
 from samjax.tasks import CLASSES, IGNORE, Task
@@ -56,6 +57,9 @@ class DenseDataset(DenseSource, Protocol):
 
     def check_sizes(self) -> None:
         """Reads what of sizes stands in headers, and the first sample. Raises as reading does."""
+
+    def image_file(self, index: int) -> ImageFile:
+        """The file of a sample's image."""
 
 
 def open_dense(data: str, split: str, tasks: Sequence[Task]) -> DenseDataset:

@@ -28,6 +28,12 @@ class DenseAugmentConfig:
         if not self.scales or not all(scale >= 1 for scale in self.scales):
             raise ValueError(f"scales must be 1 or more, not {self.scales}")
 
+    @property
+    def changing(self) -> tuple[str, ...]:
+        """The names of the settings by which an image can change."""
+        by_scale = ("scales",) if any(scale != 1 for scale in self.scales) else ()
+        return ("flip", *by_scale) if self.flip else by_scale
+
 
 def augment_dense(
     rng: np.random.Generator,

@@ -98,6 +98,10 @@ class DenseFolder:
         }
         return DenseSample(name, image, truth)
 
+    def image_file(self, index: int) -> Path:
+        """The file of a sample's image."""
+        return self._images[self.names[index]]
+
 
 def _folder(base: Path, task: Task) -> Path:
     names = folders_of(task)

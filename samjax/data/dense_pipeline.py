@@ -11,8 +11,8 @@ import numpy as np
 
 from samjax.data.dense import DenseSource, resize_nearest
 from samjax.data.dense_augment import DenseAugmentConfig, augment_dense
-from samjax.data.pipeline import Batch, one_pass, training_stream
-from samjax.preprocess import Frame, prepare_image
+from samjax.data.pipeline import Batch, Features, one_pass, prepare_input, training_stream
+from samjax.preprocess import Frame
 from samjax.tasks import CLASSES, IGNORE, Task
 
 
@@ -23,23 +23,25 @@ def dense_train_batches(
     frame: Frame,
     augment: DenseAugmentConfig,
     seed: int,
+    features: Features | None = None,
     tasks_per_step: int | None = None,
     **stream: Any,
 ) -> grain.MapDataset:
     """The endless stream of training batches; element i is the batch of step i.
 
-    Each is a dict of numpy arrays with a leading batch axis: image (fh, fw, 3) uint8 and input_size
-    (2,) int32 as `samjax.preprocess.prepare_image` gives them, truth, a dict of what
-    `prepare_truth` gives for each task, and index () int32; with `tasks_per_step` also drawn, in
+    Each is a dict of numpy arrays with a leading batch axis: image (fh, fw, 3) uint8, or in its
+    place the `features` of an `augment` that changes no image, and input_size (2,) int32 as
+    `samjax.data.pipeline.prepare_input` gives them, truth, a dict of what `prepare_truth` gives for
+    each task, and index () int32; with `tasks_per_step` also drawn, in
     each row the (tasks_per_step,) int32 indices of the step's `drawn_tasks`. `stream` are the other
     arguments of `samjax.data.pipeline.training_stream`.
     """
 
     def load(index: int, rng: np.random.Generator) -> Batch:
         sample = augment_dense(rng, source[index], tasks, augment)
-        image, input_size = prepare_image(sample.image, frame)
+        given = None if features is None else features(index)
         truth = {task.name: prepare_truth(task, sample.truth[task.name], frame) for task in tasks}
-        return {"image": image, "input_size": input_size, "truth": truth}
+        return {**prepare_input(sample.image, frame, given), "truth": truth}
 
     batches = training_stream(load, source, seed=seed, **stream)
     if tasks_per_step is None:
@@ -74,9 +76,8 @@ def dense_eval_batches(
 
     def load(index: int) -> Batch:
         sample = source[index]
-        image, input_size = prepare_image(sample.image, frame)
-        truth = sample.truth
-        return {"image": image, "input_size": input_size, "truth": truth, "name": sample.name}
+        prepared = prepare_input(sample.image, frame)
+        return {**prepared, "truth": sample.truth, "name": sample.name}
 
     return one_pass(load, source, batch_size)
 

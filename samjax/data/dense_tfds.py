@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -55,9 +56,16 @@ class DenseTfds:
     def __getitem__(self, index: int) -> DenseSample:
         """The sample at a position. Raises ValueError, naming it, where it cannot be used."""
         name, record = self.names[index], self._records[index]
-        image = read_image(EncodedImage(record["image"], self._folder / f"{name} (image)"))
+        image = read_image(self._image_file(name, record))
         truth = {}
         for task in self._tasks:
             where = self._folder / f"{name} ({task.name})"
             truth[task.name] = checked_truth(record[task.name], task, image.shape[:2], where)
         return DenseSample(name, image, truth)
+
+    def image_file(self, index: int) -> EncodedImage:
+        """The file of a sample's image."""
+        return self._image_file(self.names[index], self._records[index])
+
+    def _image_file(self, name: str, record: dict[str, Any]) -> EncodedImage:
+        return EncodedImage(record["image"], self._folder / f"{name} (image)")

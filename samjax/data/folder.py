@@ -99,6 +99,10 @@ class FolderSource:
         """Raises ValueError for a mask that has not its image's size; reads headers only."""
         check_pairs(self._pairs)
 
+    def image_file(self, index: int) -> Path:
+        """The file of a sample's image."""
+        return self._pairs[index].image
+
 
 def check_pair(pair: Pair, image: tuple[int, ...], truth: tuple[int, ...]) -> None:
     """Raises ValueError where the sizes (height, width) of a pair differ."""

@@ -81,6 +81,10 @@ class LabelSource:
         """Raises ValueError for a label image that has not its image's size; reads headers only."""
         check_pairs(list(dict.fromkeys(pair for pair, _ in self._samples)))
 
+    def image_file(self, index: int) -> Path:
+        """The file of a sample's image, which all its objects share."""
+        return self._samples[index][0].image
+
     def _mask(self, labels: Int[np.ndarray, "h w"], label: int | None) -> Bool[np.ndarray, "h w"]:
         if label is not None:
             return labels == label

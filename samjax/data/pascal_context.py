@@ -146,6 +146,10 @@ class PascalContext:
             truth[task.name] = checked_truth(array, task, size, files[0])
         return DenseSample(name, image, truth)
 
+    def image_file(self, index: int) -> Path:
+        """The file of a sample's image."""
+        return self._files[_IMAGES][self.names[index]]
+
 
 def _segmentation(file: Path) -> Int[np.ndarray, "h w"]:
     labels = read_labels(file)

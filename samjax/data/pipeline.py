@@ -34,21 +34,37 @@ Batch = dict[str, Any]
 EVAL_SLOTS = {"none": 0, "box": 2, "point": 2}
 
 
+# What an image encoder has made of a sample's image so far, (th, tw, tc), by its position.
+Features = Callable[[int], np.ndarray]
+
+
 def prepare_sample(
     sample: Sample,
     coords: Float32[np.ndarray, "n 2"],
     labels: Int32[np.ndarray, " n"],
     frame: Frame,
+    features: np.ndarray | None = None,
 ) -> Batch:
     """One sample as the model takes it, for training and evaluation alike.
 
-    `coords` are pixels of the sample's image. Returns image (fh, fw, 3) uint8, padded below and to
-    the right; input_size (2,) int32, (height, width) before padding; coords (n, 2) float32 in
-    pixels of the model's input; labels (n,) int32.
+    `coords` are pixels of the sample's image. Returns what `prepare_input` does; coords (n, 2)
+    float32 in pixels of the model's input; labels (n,) int32.
     """
-    image, input_size = prepare_image(sample.image, frame)
     scaled = scale_coords(coords, sample.mask.shape, frame).astype(np.float32)
-    return {"image": image, "input_size": input_size, "coords": scaled, "labels": labels}
+    return {**prepare_input(sample.image, frame, features), "coords": scaled, "labels": labels}
+
+
+def prepare_input(image: np.ndarray, frame: Frame, features: np.ndarray | None = None) -> Batch:
+    """What the encoder takes of an image.
+
+    That is image (fh, fw, 3) uint8, padded below and to the right, or where there are `features`
+    these in its place; and input_size (2,) int32, (height, width) before padding.
+    """
+    if features is not None:
+        input_size = np.array(frame.resized_shape(*image.shape[:2]), np.int32)
+        return {"features": features, "input_size": input_size}
+    prepared, input_size = prepare_image(image, frame)
+    return {"image": prepared, "input_size": input_size}
 
 
 def train_batches(
@@ -59,23 +75,25 @@ def train_batches(
     seed: int,
     prompts: PromptConfig,
     augment: AugmentConfig,
+    features: Features | None = None,
     split: bool = False,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.MapDataset:
     """The endless stream of training batches; element i is the batch of step i.
 
-    Each is a dict of numpy arrays: image, input_size, coords and labels as `prepare_sample` gives
-    them, mask (fh, fw) bool as `samjax.preprocess.prepare_mask` does and index () int32, the
-    position in the source, all with a leading batch axis. The other arguments are those of
-    `training_stream`.
+    Each is a dict of numpy arrays: image, or in its place the `features` of an `augment` that
+    changes no image, input_size, coords and labels as `prepare_sample` gives them, mask (fh, fw)
+    bool as `samjax.preprocess.prepare_mask` does and index () int32, the position in the source,
+    all with a leading batch axis. The other arguments are those of `training_stream`.
     """
 
     def load(index: int, rng: np.random.Generator) -> Batch:
         sample = source[index]
         sample = Sample(sample.name, *augment_sample(rng, sample.image, sample.mask, augment))
         coords, labels = sample_prompt(rng, sample.mask, prompts)
-        prepared = prepare_sample(sample, coords, labels, frame)
+        given = None if features is None else features(index)
+        prepared = prepare_sample(sample, coords, labels, frame, given)
         return {**prepared, "mask": prepare_mask(sample.mask, frame)}
 
     return training_stream(

@@ -14,6 +14,7 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from samjax.data.images import ImageFile
 from samjax.data.splits import DEFAULT_FRACTIONS, Fractions, check_split
 from samjax.data.walk import Track, untracked
 
@@ -66,6 +67,9 @@ class Dataset(Source, Protocol):
 
     def check_sizes(self) -> None:
         """Raises ValueError for a mask that has not its image's size; reads headers only."""
+
+    def image_file(self, index: int) -> ImageFile:
+        """The file of a sample's image; that of another sample where they show one image."""
 
 
 def open_source(

@@ -73,13 +73,22 @@ class TfdsSource:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Sample:
-        name, record = self.names[index], self._records[self._positions[index]]
-        image_file, mask_file = (
-            EncodedImage(record[key], self._folder / f"{name} ({key})") for key in ("image", "mask")
-        )
+        image_file, mask_file = self._files(index)
         mask, notice = read_mask(mask_file)
         self._notices.say(notice, mask_file)
-        return Sample(name, read_image(image_file), mask)
+        return Sample(self.names[index], read_image(image_file), mask)
 
     def check_sizes(self) -> None:
         """Nothing: sizes were checked when the dataset was built."""
+
+    def image_file(self, index: int) -> EncodedImage:
+        """The file of a sample's image."""
+        return self._files(index)[0]
+
+    def _files(self, index: int) -> tuple[EncodedImage, EncodedImage]:
+        """Of a sample's image and of its mask."""
+        name, record = self.names[index], self._records[self._positions[index]]
+        image, mask = (
+            EncodedImage(record[key], self._folder / f"{name} ({key})") for key in ("image", "mask")
+        )
+        return image, mask

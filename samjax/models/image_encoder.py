@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -113,6 +114,20 @@ class PatchEmbed(nn.Module):
         return conv(x, ctx)
 
 
+# The point of an encoder after which it has nothing more to do.
+EMBEDDING = "embedding"
+
+
+def parts_between(points: Sequence[str], start: str, stop: str) -> Sequence[str]:
+    """The parts of an encoder that run from one of its points to another.
+
+    A point has the name of the part that comes after it. "" is the first point as `start`, and
+    the last one as `stop`.
+    """
+    first = points.index(start) if start else 0
+    return points[first : points.index(stop or EMBEDDING)]
+
+
 def apply_neck(x: Array, features: int, dtype: Any, ctx: Context) -> Float[Array, "b h w d"]:
     """The neck of every SAM encoder, to be called in the encoder's compact method."""
     x = Conv(features, 1, use_bias=False, dtype=dtype, name="neck_0")(x, ctx)
@@ -130,21 +145,39 @@ class ImageEncoderViT(nn.Module):
     dtype: Any = jnp.float32
     remat: Remat = "none"
 
+    @property
+    def points(self) -> tuple[str, ...]:
+        """Where it can be cut: before each of its parts, and at its end."""
+        blocks = (f"blocks_{i}" for i in range(self.config.depth))
+        return ("patch_embed", *blocks, "neck", EMBEDDING)
+
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w 3"], ctx: Context) -> Float[Array, "b gh gw d"]:
-        """Normalised images (b, h, w, 3) -> image embeddings (b, h / 16, w / 16, out_chans)."""
-        config = self.config
-        x = PatchEmbed(config.embed_dim, config.patch_size, self.dtype, name="patch_embed")(x, ctx)
-        pos_embed = self.param(
-            "pos_embed", nn.initializers.normal(0.02), (1, *config.position_grid, config.embed_dim)
-        )
-        x = x + resize_positions(pos_embed, x.shape[1], x.shape[2]).astype(self.dtype)
+    def __call__(
+        self, x: Float[Array, "b h w c"], ctx: Context, start: str = "", stop: str = ""
+    ) -> Float[Array, "b gh gw d"]:
+        """Normalised images (b, h, w, 3) -> image embeddings (b, h / 16, w / 16, out_chans).
+
+        From `start` to `stop`, two of its `points`, it is a part of that: what comes before the
+        one is not computed but given, and what comes before the other is the result.
+        """
+        config, parts = self.config, parts_between(self.points, start, stop)
+        if "patch_embed" in parts:
+            embed = PatchEmbed(config.embed_dim, config.patch_size, self.dtype, name="patch_embed")
+            x = embed(x, ctx)
+            pos_embed = self.param(
+                "pos_embed",
+                nn.initializers.normal(0.02),
+                (1, *config.position_grid, config.embed_dim),
+            )
+            x = x + resize_positions(pos_embed, x.shape[1], x.shape[2]).astype(self.dtype)
         block_type = rematerialized(Block, self.remat)
         for i in range(config.depth):
+            if f"blocks_{i}" not in parts:
+                continue
             window = 0 if i in config.global_attn_indexes else config.window_size
             block = block_type(config, window, self.attention, self.dtype, name=f"blocks_{i}")
             x = block(x, ctx)
-        return apply_neck(x, self.out_chans, self.dtype, ctx)
+        return apply_neck(x, self.out_chans, self.dtype, ctx) if "neck" in parts else x
 
 
 def resize_positions(

@@ -21,10 +21,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
 from samjax.models.prompt_encoder import PositionEmbeddingRandom
-from samjax.models.sam import DETERMINISTIC, Sam
+from samjax.models.sam import DETERMINISTIC, EncoderInput, Sam
 from samjax.nn import Context, Embedding
 from samjax.tasks import Task, find
 
@@ -87,7 +87,7 @@ class MSam(Sam):
 
     def __call__(
         self,
-        image: UInt8[Array, "b fh fw 3"],
+        image: EncoderInput,
         input_size: Int[Array, "b 2"],
         ctx: Context = DETERMINISTIC,
     ) -> dict[str, Float[Array, "b m h4 w4"]]:
@@ -105,7 +105,7 @@ class MSam(Sam):
 
     def encode_tasks(
         self,
-        image: UInt8[Array, "b fh fw 3"],
+        image: EncoderInput,
         input_size: Int[Array, "b 2"],
         tasks: Int[Array, " t"],
         ctx: Context = DETERMINISTIC,

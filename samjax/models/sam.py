@@ -20,6 +20,8 @@ from samjax.nn import Context, Remat, SiteInfo, record_sites
 from samjax.preprocess import normalize
 
 DETERMINISTIC = Context()
+# Images, or what the image encoder has made of them so far.
+EncoderInput = UInt8[Array, "b fh fw 3"] | Float[Array, "b th tw tc"]
 
 
 class Sam(nn.Module):
@@ -29,12 +31,16 @@ class Sam(nn.Module):
     `dtype=bfloat16`, parameters may stay float32; softmax, norms and outputs are float32. With
     `remat="blocks"` the backward pass keeps what enters each block of the encoder and computes the
     rest again: a fraction of the memory for about a third more work.
+
+    With `start`, one of the image encoder's `points`, `encode` begins there: in place of images it
+    takes what `encode_to` gave up to that point.
     """
 
     config: SamConfig
     attention: AttentionKind = "chunked"
     dtype: Any = jnp.float32
     remat: Remat = "none"
+    start: str = ""
 
     def setup(self) -> None:
         """Names submodules as the original does."""
@@ -66,19 +72,30 @@ class Sam(nn.Module):
 
     def encode(
         self,
-        image: UInt8[Array, "b fh fw 3"],
+        image: EncoderInput,
         input_size: Int[Array, "b 2"],
         ctx: Context = DETERMINISTIC,
     ) -> Float[Array, "b h w c"]:
         """Image embeddings (b, fh / 16, fw / 16, 256).
 
-        `image`: uint8 RGB, resized and padded as `samjax.preprocess.prepare_image` does;
-        `input_size`: (height, width) of each image without its padding.
+        `image`: uint8 RGB, resized and padded as `samjax.preprocess.prepare_image` does, or what
+        `start` says; `input_size`: (height, width) of each image without its padding.
         """
+        if self.start:
+            x = image.astype(self.dtype)
+            return self.image_encoder(x, self._with_shared(ctx), self.start)
+        return self.encode_normalized(self._normalized(image, input_size), ctx)
+
+    def encode_to(
+        self, image: UInt8[Array, "b fh fw 3"], input_size: Int[Array, "b 2"], stop: str
+    ) -> Float[Array, "b th tw tc"]:
+        """What the encoder without adapters makes of images up to one of its `points`."""
+        return self.image_encoder(self._normalized(image, input_size), DETERMINISTIC, stop=stop)
+
+    def _normalized(self, image: Any, input_size: Any) -> Array:
         config = self.config
-        return self.encode_normalized(
-            normalize(image, input_size, config.normalization, config.pixel_mean, config.pixel_std),
-            ctx,
+        return normalize(
+            image, input_size, config.normalization, config.pixel_mean, config.pixel_std
         )
 
     def encode_normalized(
@@ -105,7 +122,7 @@ class Sam(nn.Module):
 
     def __call__(
         self,
-        image: UInt8[Array, "b fh fw 3"],
+        image: EncoderInput,
         input_size: Int[Array, "b 2"],
         prompts: Prompts,
         ctx: Context = DETERMINISTIC,

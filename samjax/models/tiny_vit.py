@@ -7,6 +7,7 @@ which stays unfused and in inference mode.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float
 from samjax.models import windows
 from samjax.models.attention import attend
 from samjax.models.configs import TinyVitConfig
-from samjax.models.image_encoder import apply_neck
+from samjax.models.image_encoder import EMBEDDING, apply_neck, parts_between
 from samjax.nn import (
     BatchNorm,
     Context,
@@ -178,18 +179,25 @@ class Stage(nn.Module):
     remat: Remat = "none"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], ctx: Context) -> Float[Array, "b oh ow d"]:
-        """(b, h, w, c) -> (b, h / stride, w / stride, channels of the next stage)."""
+    def __call__(
+        self, x: Float[Array, "b h w c"], ctx: Context, parts: Sequence[str]
+    ) -> Float[Array, "b oh ow d"]:
+        """(b, h, w, c) -> (b, h / stride, w / stride, channels of the next stage).
+
+        Of its blocks and its `downsample` those run that are among the encoder's `parts`.
+        """
         config, i = self.config, self.index
         conv_type, block_type = (rematerialized(block, self.remat) for block in (MBConv, Block))
         for j in range(config.depths[i]):
+            if f"layers_{i}/blocks_{j}" not in parts:
+                continue
             if i == 0:
                 x = conv_type(self.dtype, name=f"blocks_{j}")(x, ctx)
             else:
                 heads, window = config.num_heads[i], config.window_sizes[i]
                 x = block_type(heads, window, self.dtype, name=f"blocks_{j}")(x, ctx)
         last = len(config.depths) - 1
-        if i < last:
+        if f"layers_{i}/downsample" in parts:
             # MobileSAM keeps the resolution of the last stage.
             stride = 1 if i + 1 == last else 2
             merge = PatchMerging(config.embed_dims[i + 1], stride, self.dtype, name="downsample")
@@ -205,10 +213,26 @@ class TinyViT(nn.Module):
     dtype: Any = jnp.float32
     remat: Remat = "none"
 
+    @property
+    def points(self) -> tuple[str, ...]:
+        """Where it can be cut: before each of its parts, and at its end."""
+        depths, names = self.config.depths, ["patch_embed"]
+        for i, depth in enumerate(depths):
+            names += [f"layers_{i}/blocks_{j}" for j in range(depth)]
+            names += [f"layers_{i}/downsample"] if i + 1 < len(depths) else []
+        return (*names, "neck", EMBEDDING)
+
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w 3"], ctx: Context) -> Float[Array, "b gh gw d"]:
-        """Normalised images (b, h, w, 3) -> image embeddings (b, h / p, w / p, out_chans)."""
-        x = PatchEmbed(self.config, self.dtype, name="patch_embed")(x, ctx)
+    def __call__(
+        self, x: Float[Array, "b h w c"], ctx: Context, start: str = "", stop: str = ""
+    ) -> Float[Array, "b gh gw d"]:
+        """Normalised images (b, h, w, 3) -> image embeddings (b, h / p, w / p, out_chans).
+
+        `start` and `stop` are as in `samjax.models.image_encoder.ImageEncoderViT`.
+        """
+        parts = parts_between(self.points, start, stop)
+        if "patch_embed" in parts:
+            x = PatchEmbed(self.config, self.dtype, name="patch_embed")(x, ctx)
         for i in range(len(self.config.depths)):
-            x = Stage(self.config, i, self.dtype, self.remat, name=f"layers_{i}")(x, ctx)
-        return apply_neck(x, self.out_chans, self.dtype, ctx)
+            x = Stage(self.config, i, self.dtype, self.remat, name=f"layers_{i}")(x, ctx, parts)
+        return apply_neck(x, self.out_chans, self.dtype, ctx) if "neck" in parts else x

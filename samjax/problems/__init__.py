@@ -13,6 +13,7 @@ import grain
 from PIL import Image
 
 from samjax.config import Config
+from samjax.data.pipeline import Features
 from samjax.data.sources import Dataset
 from samjax.data.walk import Track, untracked
 from samjax.evaluation.evaluate import Evaluation
@@ -46,8 +47,13 @@ class Problem(Protocol):
     def build(self, sam: Sam, params: Any) -> tuple[Sam, Any]:
         """The model that learns it, made of SAM. Raises ValueError where it cannot be."""
 
-    def batches(self, model: Sam, source: Any, *, split: bool) -> grain.MapDataset:
-        """The endless stream of training batches; with `split` from halves of the data in turn."""
+    def batches(
+        self, model: Sam, source: Any, *, split: bool, features: Features | None = None
+    ) -> grain.MapDataset:
+        """The endless stream of training batches; with `split` from halves of the data in turn.
+
+        `features` take the place of images.
+        """
 
     def evaluate(
         self,

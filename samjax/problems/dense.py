@@ -15,6 +15,7 @@ from samjax.config import Config
 from samjax.data.chosen import Chosen
 from samjax.data.dense import DenseSource, has_labels, open_dense
 from samjax.data.dense_pipeline import dense_eval_batches, dense_train_batches
+from samjax.data.pipeline import Features
 from samjax.data.sources import Dataset
 from samjax.data.walk import Track, untracked
 from samjax.evaluation.evaluate import Evaluation
@@ -68,7 +69,9 @@ class DenseTasks:
         model = MSam(**settings, tasks=self.tasks)
         return model, msam_params(params, model)
 
-    def batches(self, model: Sam, source: DenseSource, *, split: bool) -> grain.MapDataset:
+    def batches(
+        self, model: Sam, source: DenseSource, *, split: bool, features: Features | None = None
+    ) -> grain.MapDataset:
         """Changed images with their truths."""
         return dense_train_batches(
             source,
@@ -78,6 +81,7 @@ class DenseTasks:
             batch_size=self.config.batch_size,
             seed=self.config.seed,
             tasks_per_step=self.config.tasks_per_step,
+            features=features,
             split=split,
         )
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from samjax.config import Config
 from samjax.data.chosen import Chosen
-from samjax.data.pipeline import eval_batches, train_batches
+from samjax.data.pipeline import Features, eval_batches, train_batches
 from samjax.data.sources import Dataset, Source, open_source
 from samjax.data.walk import Track, untracked
 from samjax.evaluation.evaluate import Evaluation, evaluate
@@ -69,7 +69,9 @@ class Masks:
         """SAM itself."""
         return sam, params
 
-    def batches(self, model: Sam, source: Source, *, split: bool) -> grain.MapDataset:
+    def batches(
+        self, model: Sam, source: Source, *, split: bool, features: Features | None = None
+    ) -> grain.MapDataset:
         """Changed images with prompts drawn from their masks."""
         return train_batches(
             source,
@@ -78,6 +80,7 @@ class Masks:
             seed=self.config.seed,
             prompts=self.config.prompts,
             augment=self.config.augment,
+            features=features,
             split=split,
         )
 

@@ -37,6 +37,7 @@ from samjax.training.step import (
     trained_labels,
 )
 from samjax.training.stop import StopRequest
+from samjax.training.trunk import Trunk
 
 STEP_MEMORY = "step_memory.json"
 METRICS = "metrics.jsonl"
@@ -63,6 +64,7 @@ def fit(
     out: Path,
     console: Console,
     validate: Validate | None = None,
+    trunk: Trunk | None = None,
 ) -> Fitted:
     """Trains `base` ({"params", "peft"}) from the newest checkpoint in `out`, or from the start.
 
@@ -71,12 +73,14 @@ def fit(
     `config.validate_every` steps and at the end; each such state becomes a checkpoint with what was
     measured, from which alone follows which state is best and when patience is at its end.
 
+    With `trunk`, its features take the place of images.
+
     Raises Interrupted on Ctrl-C, and ValueError where a loss or a gradient is not finite or a batch
     cannot be read: in each case the last good state is saved. Raises OSError where the disk
     refuses, and RuntimeError where memory runs out.
     """
     steps = config.num_steps(len(source))
-    trainer = prepare(config, model, spec, base, steps)
+    trainer = prepare(config, model, spec, base, steps, trunk.point if trunk else "")
     state, frozen = trainer.state, trainer.frozen
     with (
         contextlib.closing(Checkpoints(out / "checkpoints", *config.best)) as checkpoints,
@@ -98,7 +102,10 @@ def fit(
             begins = span is None or step == span.stop
             if begins:
                 span = next(span for span in trainer.spans if step < span.stop)
-                dataset = problem_of(config).batches(model, source, split=span.stage.split)
+                features = trunk.features if trunk else None
+                dataset = problem_of(config).batches(
+                    model, source, split=span.stage.split, features=features
+                )
                 feed = Feed(batches_from(dataset, step, span.stop))
             inputs, images = _take(feed, source, checkpoints, state)
             if begins:
@@ -174,11 +181,13 @@ class Trainer:
     step: Callable[[Stage], Any]  # the step of a stage, to be compiled
 
 
-def prepare(config: Config, model: Sam, spec: peft_lib.PeftSpec, base: Any, steps: int) -> Trainer:
+def prepare(
+    config: Config, model: Sam, spec: peft_lib.PeftSpec, base: Any, steps: int, start: str = ""
+) -> Trainer:
     """The steps of a run of `steps`, and where it starts.
 
-    `base` survives: its trained leaves are copied, the others are shared. Raises ValueError for
-    stages that the run cannot have.
+    `base` survives: its trained leaves are copied, the others are shared. `start` is the encoder's
+    point at which a step begins (see `Sam`). Raises ValueError for stages that the run cannot have.
     """
     train_leaves, frozen = peft_lib.partition(base, peft_lib.trainable(spec, model, base))
     labels = trained_labels(peft_lib.groups(spec, model, base))
@@ -194,7 +203,7 @@ def prepare(config: Config, model: Sam, spec: peft_lib.PeftSpec, base: Any, step
 
     def step(stage: Stage) -> Any:
         return make_train_step(
-            model,
+            model.clone(start=start),
             optimizer(stage),
             objective=problem_of(config).objective,
             seed=config.seed,

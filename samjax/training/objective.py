@@ -34,8 +34,8 @@ class Objective(Protocol):
 class MaskObjective:
     """Masks from prompts.
 
-    `batch`: image (b, fh, fw, 3) uint8, input_size (b, 2), mask (b, h, w) bool, which covers the
-    frame at any resolution, coords (b, n, 2) and labels (b, n) of `Prompts`.
+    `batch`: image (b, fh, fw, 3) uint8 (or see `encoder_input`), input_size (b, 2), mask (b, h, w)
+    bool, which covers the frame at any resolution, coords (b, n, 2) and labels (b, n) of `Prompts`.
 
     The first round takes the batch's prompts. Each of `corrective_points` more adds a point where
     the last prediction is wrong, gives its logits as mask prompt and decodes again. The loss of
@@ -51,11 +51,11 @@ class MaskObjective:
 
     def __call__(self, model: Sam, variables: Any, batch: dict[str, Any], rng: Any) -> Loss:
         """See above; `Objective` has the arguments."""
-        frame, truth = batch["image"].shape[1:3], batch["mask"]
+        frame, truth = model.config.frame.shape, batch["mask"]
         valid = valid_pixels(batch["input_size"], frame, truth.shape[1:])
         embeddings, added = model.apply(
             variables,
-            batch["image"],
+            encoder_input(batch),
             batch["input_size"],
             Context(rng=rng),
             method="encode",
@@ -109,6 +109,14 @@ class MaskObjective:
             multimask = multimask_loss(logits[:, 1:], iou[:, 1:], truth, valid, self.loss)
             loss, terms = loss + multimask, {**terms, "multimask_loss": multimask}
         return with_added(loss, terms, added)
+
+
+def encoder_input(batch: dict[str, Any]) -> Any:
+    """What `encode` takes of a batch: image, or in its place features (b, th, tw, tc).
+
+    A model with `start` begins from these.
+    """
+    return batch["features"] if "features" in batch else batch["image"]
 
 
 def with_added(loss: Any, terms: dict[str, Any], added: Any) -> tuple[Any, dict[str, Any]]:

@@ -216,7 +216,7 @@ def make_train_step(
 
     def step(state: TrainState, frozen: Any, batch: dict[str, Any]) -> tuple[TrainState, Any]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        batch = {**batch, "key": image_keys(rng, batch["image"].shape[0])}
+        batch = {**batch, "key": image_keys(rng, jax.tree.leaves(batch)[0].shape[0])}
         (value, terms), grads = gradients(state.train, frozen, batch, rng)
         norm = optax.tree.norm(grads)
         bad_leaf = first_bad([value, *jax.tree.leaves(grads), norm])

@@ -13,7 +13,7 @@ from samjax.nn import Context
 from samjax.peft.ta_lora import orthogonality
 from samjax.preprocess import upsample
 from samjax.tasks import Task
-from samjax.training.objective import Loss, with_added
+from samjax.training.objective import Loss, encoder_input, with_added
 from samjax.training.task_losses import known_pixels, task_loss
 
 
@@ -21,9 +21,10 @@ from samjax.training.task_losses import known_pixels, task_loss
 class TaskObjective:
     """All tasks of a batch in one pass, or those that are drawn.
 
-    `batch`: image (b, fh, fw, 3) uint8, input_size (b, 2), and truth, a dict of each task's truth
-    on the frame as `samjax.data.dense_pipeline.prepare_truth` gives it. Where it has drawn (b, k),
-    rows that are alike, only the tasks of these k indices are encoded and decoded.
+    `batch`: image (b, fh, fw, 3) uint8 (or see `samjax.training.objective.encoder_input`),
+    input_size (b, 2), and truth, a dict of each task's truth on the frame as
+    `samjax.data.dense_pipeline.prepare_truth` gives it. Where it has drawn (b, k), rows that are
+    alike, only the tasks of these k indices are encoded and decoded.
 
     The loss is sum_t w_t L_t with the tasks' own weights; with `uncertainty` it is
     sum_t (exp(-s_t) L_t + s_t) / 2, whose s_t, the logarithm of a task's variance, is a leaf of the
@@ -42,9 +43,13 @@ class TaskObjective:
             losses, shares, added = _of_drawn(model, variables, batch, rng)
         else:
             maps, added = model.apply(
-                variables, batch["image"], batch["input_size"], Context(rng=rng), mutable=["losses"]
+                variables,
+                encoder_input(batch),
+                batch["input_size"],
+                Context(rng=rng),
+                mutable=["losses"],
             )
-            losses = {task.name: _loss(task, maps[task.name], batch) for task in model.tasks}
+            losses = {task.name: _loss(model, task, maps[task.name], batch) for task in model.tasks}
             shares = dict.fromkeys(losses, 1.0)
         terms = {
             f"loss_{name}": jnp.where(shares[name] > 0, value, jnp.nan)
@@ -85,7 +90,7 @@ def _of_drawn(
     scale = len(model.tasks) / drawn.shape[0]
     embeddings, added = model.apply(
         variables,
-        batch["image"],
+        encoder_input(batch),
         batch["input_size"],
         drawn,
         Context(rng=rng),
@@ -100,7 +105,7 @@ def _of_drawn(
             maps, added = model.apply(
                 variables, embedding, task.name, context, method="decode_task", mutable=["losses"]
             )
-            return _loss(task, maps, batch), added
+            return _loss(model, task, maps, batch), added
 
         def leave_out(embedding: Any, decode: Any = decode) -> tuple[Any, Any]:
             shapes = jax.eval_shape(decode, embedding)
@@ -115,5 +120,6 @@ def _of_drawn(
     return losses, shares, (added, added_later)
 
 
-def _loss(task: Task, maps: Any, batch: dict[str, Any]) -> Any:
-    return task_loss(task, upsample(maps, batch["image"].shape[1:3]), batch["truth"][task.name])
+def _loss(model: MSam, task: Task, maps: Any, batch: dict[str, Any]) -> Any:
+    maps = upsample(maps, model.config.frame.shape)
+    return task_loss(task, maps, batch["truth"][task.name])

@@ -51,6 +51,9 @@ class Images:
     def check_sizes(self):
         pass
 
+    def image_file(self, index):
+        raise NotImplementedError
+
 
 def toy_step(model, optimizer, **options):
     def step(state, frozen, batch):

@@ -39,6 +39,9 @@ class Scenes:
     def check_sizes(self):
         pass
 
+    def image_file(self, index):
+        raise NotImplementedError
+
     def __getitem__(self, index):
         rng = np.random.default_rng(index)
         normals = rng.normal(size=(96, 128, 3))
