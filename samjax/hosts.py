@@ -63,8 +63,9 @@ class Hosts:
     @property
     def several(self) -> bool:
         """Whether there may be other processes."""
-        pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-        return self.coordinator is not None or pod
+        # libtpu puts warnings there where it finds none.
+        workers = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+        return self.coordinator is not None or ("," in workers and " " not in workers)
 
     def join(self) -> None:
         """Waits for all processes, whose devices from then on are one set.
@@ -172,7 +173,7 @@ def any_process(flag: bool) -> bool:
 
 
 def on_host(leaf: Any) -> np.ndarray:
-    """All of an array, wherever its parts lie. All processes ask for the same ones, in one order."""
+    """All of an array, wherever its parts lie; all processes ask for the same, in one order."""
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
     return np.asarray(leaf)

@@ -162,14 +162,14 @@ def of_all(
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
     """What all processes have measured, in the order of the samples' positions: names, metrics."""
     own = {key: np.concatenate(values) for key, values in collected.items()}
-    parts = gather({"": np.concatenate(indices), " ": np.array(names, str), **own})
+    parts = gather({"index": np.concatenate(indices), "name": np.array(names, str), **own})
 
     def joined(key: str) -> np.ndarray:
         return np.concatenate([part[key] for part in parts if key in part])
 
-    order = np.argsort(joined(""))
-    keys = dict.fromkeys(key for part in parts for key in part if key.strip())
-    return tuple(joined(" ")[order].tolist()), {key: joined(key)[order] for key in keys}
+    order = np.argsort(joined("index"))
+    every = {key: joined(key)[order] for part in parts for key in part}
+    return tuple(every.pop("name").tolist()), {k: v for k, v in every.items() if k != "index"}
 
 
 def _saliency(logits: np.ndarray, truth: np.ndarray) -> dict[str, float]:

@@ -45,9 +45,7 @@ def titles(tasks: Sequence[Task]) -> dict[str, str]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def predict_tasks(
-    model: MSam, mesh: Mesh, variables: Any, batch: dict[str, Any]
-) -> dict[str, Any]:
+def predict_tasks(model: MSam, mesh: Mesh, variables: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """The low-resolution maps (b, channels, h, w) of all tasks, by task, spread as the batch is.
 
     `batch`: image and input_size of `samjax.data.dense_pipeline.dense_eval_batches`.

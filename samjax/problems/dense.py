@@ -23,7 +23,7 @@ from samjax.hosts import any_process, gather
 from samjax.models import MSam, Sam
 from samjax.models.msam import msam_params
 from samjax.tasks import Task
-from samjax.training.sharding import BatchLayout, make_mesh, round_up
+from samjax.training.sharding import BatchLayout, make_mesh
 from samjax.training.task_objective import TaskObjective
 from samjax.viz import gallery
 from samjax.viz_tasks import picture_of, predicted, range_of
@@ -115,8 +115,7 @@ class DenseTasks:
         return found
 
     def _eval_layout(self) -> BatchLayout:
-        mesh = make_mesh(self.config.fsdp)
-        return BatchLayout(mesh, round_up(self.config.eval_batch_size, mesh))
+        return BatchLayout.for_at_least(self.config.eval_batch_size, make_mesh(self.config.fsdp))
 
     def _eval_batches(self, model: Sam, source: DenseSource, layout: BatchLayout) -> Any:
         return dense_eval_batches(
@@ -130,7 +129,6 @@ class DenseTasks:
         found: dict[str, dict[str, np.ndarray]] = {}
         measured, layout = {}, self._eval_layout()
         for name, variables in versions.items():
-
             own: dict[str, np.ndarray] = {}
 
             def collect(batch: dict[str, Any], maps: dict[str, Any], to: dict = own) -> None:

@@ -20,7 +20,7 @@ from samjax.evaluation.metrics import TITLES
 from samjax.hosts import gather
 from samjax.models import Sam
 from samjax.training.objective import MaskObjective
-from samjax.training.sharding import BatchLayout, make_mesh, round_up
+from samjax.training.sharding import BatchLayout, make_mesh
 from samjax.viz import TRUTH_COLOR, gallery, overlay
 
 
@@ -107,8 +107,7 @@ class Masks:
         )
 
     def _eval_layout(self) -> BatchLayout:
-        mesh = make_mesh(self.config.fsdp)
-        return BatchLayout(mesh, round_up(self.config.eval_batch_size, mesh))
+        return BatchLayout.for_at_least(self.config.eval_batch_size, make_mesh(self.config.fsdp))
 
     def _eval_batches(self, model: Sam, source: Source, layout: BatchLayout) -> Any:
         return eval_batches(

@@ -41,7 +41,9 @@ def check_fsdp(fsdp: int, devices: int) -> None:
     """Raises ValueError where `fsdp` devices cannot share a copy of the weights."""
     if devices % fsdp:
         known = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
-        raise ValueError(f"fsdp {fsdp} does not divide the {devices} devices: choose one of {known}")
+        raise ValueError(
+            f"fsdp {fsdp} does not divide the {devices} devices: choose one of {known}"
+        )
 
 
 def check_batch(images: int, what: str, devices: int) -> None:
@@ -113,11 +115,33 @@ def place(tree: Any, mesh: Mesh) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
+class StepShardings:
+    """Of the arguments and results of a training step, `step(state, frozen, batch)`."""
+
+    state: Any
+    frozen: Any
+    batch: NamedSharding  # of each leaf
+    logs: NamedSharding  # of each
+
+    @staticmethod
+    def of(state: Any, frozen: Any, mesh: Mesh) -> StepShardings:
+        """Those of a step whose arguments have these shapes."""
+        return StepShardings(
+            shardings(state, mesh), shardings(frozen, mesh), rows(mesh), whole(mesh)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class BatchLayout:
     """How a batch of so many images, a multiple of the devices, is spread over a mesh."""
 
     mesh: Mesh
     size: int
+
+    @staticmethod
+    def for_at_least(size: int, mesh: Mesh) -> BatchLayout:
+        """The smallest batch of `size` images or more that spreads in equal parts."""
+        return BatchLayout(mesh, -(-size // mesh.size) * mesh.size)
 
     @functools.cached_property
     def own(self) -> list[int]:
@@ -151,8 +175,3 @@ class BatchLayout:
             NamedSharding(mesh, PartitionSpec("local")),
             [shard.data for shard in shards],
         )
-
-
-def round_up(size: int, mesh: Mesh) -> int:
-    """The least batch of `size` images or more that spreads over a mesh in equal parts."""
-    return -(-size // mesh.size) * mesh.size
