@@ -119,6 +119,7 @@ def groups_of(line: str) -> np.ndarray:
     return ids.reshape(int(np.prod([sizes[i] for i in along])), -1).T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", MESHES)
 @pytest.mark.parametrize("method", CONFIGS)
 def test_eight_devices_train_as_one(trained, method, shape):
