@@ -31,6 +31,7 @@ from samjax.peft.spec import PeftSpec, Rule, Train
 from samjax.tasks import Task
 from samjax.tasks import parse as parse_tasks
 from samjax.training.losses import LossConfig
+from samjax.training.sharding import check_batch, check_fsdp
 from samjax.training.stages import Stage
 from samjax.training.stages import parse as parse_stage
 from samjax.training.step import OptimizerConfig
@@ -91,12 +92,15 @@ class Config:
     epochs: float = 10.0
     # Optimiser steps in all.
     steps: int | None = None
-    # Images a step.
+    # Images a step, of all devices together, which share them in equal parts.
     batch_size: int = 4
     # Parts that a batch is cut into to save memory; must divide batch_size.
     accumulate: int = 1
-    # Images a step of evaluation.
+    # Images a step of evaluation; at least one on each device.
     eval_batch_size: int = 4
+    # Devices that share one copy of the large weights, and of what the optimiser keeps of those
+    # that train; must divide the devices. With 1 each has all of them, which is faster.
+    fsdp: int = 1
     # Seed of shuffling, augmentation, prompts, adapter initialisation and dropout.
     seed: int = 0
     # Compute dtype; parameters, softmax, norms and losses are float32 in either.
@@ -134,6 +138,7 @@ class Config:
             "batch_size",
             "accumulate",
             "eval_batch_size",
+            "fsdp",
             "log_every",
             "checkpoint_every",
             "validate_every",
@@ -239,6 +244,16 @@ class Config:
         if self.steps is not None:
             return self.steps
         return max(1, round(self.epochs * num_images / self.batch_size))
+
+    def check_devices(self, devices: int) -> None:
+        """Raises ValueError where so many devices cannot share this run's batches and weights."""
+        check_fsdp(self.fsdp, devices)
+        images, what = self.batch_size // self.accumulate, f"batch_size {self.batch_size}"
+        if self.accumulate > 1:
+            what += f" with accumulate {self.accumulate}"
+        if any(stage.split for stage in self.parsed_stages()):
+            images, what = images // 2, f"{what} in two halves"
+        check_batch(images, what, devices)
 
     def parsed_stages(self) -> tuple[Stage, ...]:
         """The stages of the run; () where everything trains all the time."""

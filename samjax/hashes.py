@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 
-def params_sha256(params: dict[str, Any]) -> str:
+def params_sha256(params: dict[str, Any], read: Callable[[Any], np.ndarray] = np.asarray) -> str:
     """The hash of a nested dict of arrays: of paths, shapes, dtypes and bytes, in path order.
 
-    It identifies the base weights that an adapter belongs to.
+    It identifies the base weights that an adapter belongs to. `read` brings a leaf to the host, one
+    after another.
     """
     # Here, since flax brings jax, which the hash of a file does not need.
     from flax.traverse_util import flatten_dict
 
     digest = hashlib.sha256()
     for path, leaf in sorted(flatten_dict(params, sep="/").items()):
-        array = np.asarray(leaf)
+        array = read(leaf)
         digest.update(f"{path} {array.shape} {array.dtype.name}\n".encode())
         # As bytes, since bfloat16 has no buffer protocol.
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -14,6 +14,7 @@ A `.lock` file keeps other processes out while one works in the folder.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 from pathlib import Path
@@ -29,6 +30,7 @@ from samjax.data.sources import Dataset, is_tfds
 from samjax.evaluation.evaluate import Evaluation
 from samjax.files import check_writable, read_record, write_json, writing
 from samjax.hashes import params_sha256
+from samjax.hosts import any_process, is_first, on_first, on_host
 from samjax.loading import load, load_adapted
 from samjax.lock import check_free, run_lock
 from samjax.models import MODELS, Sam
@@ -38,6 +40,7 @@ from samjax.problems import problem_of
 from samjax.run_inputs import check_inputs, inputs_of, tell_other_images, trunk_of
 from samjax.terminal import progress_bar, progress_on
 from samjax.training.loop import STEP_MEMORY, check_stages, fit
+from samjax.training.sharding import check_fsdp, make_mesh, place
 from samjax.training.trunk import Trunk, plan_trunk
 from samjax.viz import save_png
 
@@ -47,7 +50,7 @@ BEFORE = "eval_before.csv"
 _KINDS = {"train": "training", "validation": "validation", "test": "test"}
 
 # Settings that may change when a run is resumed, since the result does not depend on them.
-_FREE_ON_RESUME = frozenset({"log_every", "checkpoint_every", "eval_batch_size", "gallery"})
+_FREE_ON_RESUME = frozenset({"log_every", "checkpoint_every", "eval_batch_size", "fsdp", "gallery"})
 
 
 def open_data(config: Config, split: str, console: Console) -> Dataset:
@@ -142,6 +145,7 @@ def evaluate_weights(config: Config, split: str, console: Console) -> Evaluation
 def _evaluate(
     config: Config, split: str, console: Console, run: Path | None, adapter: Path | None
 ) -> Evaluation:
+    check_fsdp(config.fsdp, jax.device_count())
     source = open_data(config, split, console)
     source.check_sizes()
     if run is not None:
@@ -162,16 +166,24 @@ def train(
     `before_in` is the folder of a run that differs in its method or optimiser alone and has been
     evaluated before training, which is then not done again.
 
-    What can be checked is checked before anything is written. Raises FileExistsError for a folder
+    Of several processes all make this call; the first one writes, and all return the summary. What
+    can be checked is checked before anything is written. Raises FileExistsError for a folder
     in use without `resume`, ValueError for a config that cannot be, RuntimeError where another
     process trains in `out`, OSError where `out` cannot be written, and
     `samjax.terminal.Interrupted` when the user stops the run: its state is saved.
     """
     config = with_absolute_paths(config)
-    check_out(config, out, resume)
-    if resume and (out / "summary.json").is_file():
-        console.print(f"{out} is finished already")
+    config.check_devices(jax.device_count())
+    on_first(lambda: check_out(config, out, resume))
+
+    def finished() -> dict[str, Any] | None:
+        if not resume or not (out / "summary.json").is_file():
+            return None
         return read_record(out / "summary.json", "delete it, and --resume writes it anew")
+
+    if (summary := on_first(finished)) is not None:
+        console.print(f"{out} is finished already")
+        return summary
     spec, problem = config.spec(), problem_of(config)
     sources = open_sources(config, console)
     sam, params = open_base(config)
@@ -185,10 +197,12 @@ def train(
     console.print(str(report))
     *counts, last = (f"{len(source)} {_KINDS[name]}" for name, source in sources.items())
     console.print(f"{', '.join(counts)} and {last} images, {config.data}")
-    known = trunk_of(out) if resume else None
+    known = on_first(lambda: trunk_of(out)) if resume else None
     trunk = plan_trunk(config, model, spec, params, sources["train"], console, known)
+    if any_process(trunk is None):  # such as one whose disk is full
+        trunk = None
     inputs = inputs_of(sources, base_sha256, trunk.point if trunk else "")
-    check_inputs(out, inputs, config)
+    on_first(lambda: check_inputs(out, inputs, config))
     known_before = None
     if before_in is not None:
         check_inputs(before_in, inputs, config)
@@ -196,13 +210,21 @@ def train(
         if known_before.per_image.keys() != problem.titles.keys():  # an older samjax measured less
             known_before = None
     adapters = peft_lib.attach(spec, model, params, jax.random.key(config.seed))
-    base = jax.device_put({"params": params, "peft": adapters})
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    with run_lock(out):
+    base = place({"params": params, "peft": adapters}, make_mesh(config.fsdp))
+
+    def begin(stack: contextlib.ExitStack) -> None:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(run_lock(out))
         _check_folder(config, out, resume)  # another run may have come and gone since
         write_json(out / "config.json", config.to_json())  # first: it makes this a run folder
         write_json(out / "inputs.json", inputs)
+
+    with contextlib.ExitStack() as stack:
+        on_first(lambda: begin(stack))
+        if trunk is not None:
+            # With the host's weights: each process does this by itself.
+            trunk.compute(model, params, sources["train"], config.eval_batch_size, console)
         summary = _train(
             config, out, spec, model, base, base_sha256, sources, console, known_before, trunk
         )
@@ -213,7 +235,7 @@ def train(
             "device": jax.devices()[0].device_kind,
             "date": datetime.date.today().isoformat(),
         }
-        write_json(out / "summary.json", summary)
+        on_first(lambda: write_json(out / "summary.json", summary))
         return summary
 
 
@@ -233,33 +255,36 @@ def _train(
 
     problem = problem_of(config)
 
-    def evaluation(variables: Any, when: str, known: Evaluation | None = None) -> Evaluation:
-        """Evaluates on the test split, or reads what an interrupted run has evaluated already."""
+    def evaluation(variables: Any, when: str, known: Evaluation | None = None) -> dict[str, float]:
+        """Means of the test split: evaluated, or read, where an interrupted run has done so."""
         path, test = out / f"eval_{when}.csv", sources["test"]
-        if not path.is_file():
+        if not on_first(path.is_file):
             title = f"evaluating {when}"
-            known = known or _evaluate_with_bar(config, model, variables, test, console, title)
-            known.write_csv(path)
-        try:
-            result = Evaluation.read_csv(path)
-            if result.names != test.names:
-                raise ValueError
-        except ValueError:
-            raise ValueError(
-                f"{path} is damaged: delete it, and --resume evaluates again"
-            ) from None
+            new = known or _evaluate_with_bar(config, model, variables, test, console, title)
+            on_first(lambda: new.write_csv(path))
+
+        def read() -> dict[str, float]:
+            try:
+                result = Evaluation.read_csv(path)
+                if result.names != test.names:
+                    raise ValueError
+                return result.mean
+            except ValueError:
+                raise ValueError(
+                    f"{path} is damaged: delete it, and --resume evaluates again"
+                ) from None
+
+        means = on_first(read)
         console.print(
             f"test {when} ({problem.conditions}): "
-            + ", ".join(f"{k} {v:.4f}" for k, v in result.mean.items())
+            + ", ".join(f"{k} {v:.4f}" for k, v in means.items())
         )
-        return result
+        return means
 
     def validate(variables: Any) -> dict[str, float]:
         return problem.evaluate(model, variables, sources["validation"], briefly=True).mean
 
     before = evaluation(base, "before", known_before)
-    if trunk is not None:
-        trunk.compute(model, base["params"], sources["train"], config.eval_batch_size, console)
     fitted = fit(
         config,
         model,
@@ -278,23 +303,36 @@ def _train(
         **problem.metadata,
         "steps": fitted.kept_step,
     }
-    adapter = peft_lib.save(out / ADAPTER, spec, model, fitted.variables, base_sha256, metadata)
+    # What the file holds; frozen leaves stay where they are.
+    trained = peft_lib.trainable(spec, model, fitted.variables)
+    variables = jax.tree.map(
+        lambda leaf, trains: on_host(leaf) if trains else leaf, fitted.variables, trained
+    )
+
+    def save() -> dict[str, int]:
+        adapter = peft_lib.save(out / ADAPTER, spec, model, variables, base_sha256, metadata)
+        return {
+            "adapter_bytes": adapter.adapter_bytes,
+            "model_bytes": adapter.model_bytes,
+            "file_bytes": (out / ADAPTER).stat().st_size,
+        }
+
+    sizes = on_first(save)
     picture = out / "gallery.png"
     versions = {"before": base, "after": fitted.variables}
-    save_png(problem.draw(model, versions, sources["test"]), picture)
+    drawn = problem.draw(model, versions, sources["test"])
+    on_first(lambda: save_png(drawn, picture))
     summary = {
-        "before": before.mean,
-        "after": after.mean,
+        "before": before,
+        "after": after,
         "adapter": str(out / ADAPTER),
-        "adapter_bytes": adapter.adapter_bytes,
-        "model_bytes": adapter.model_bytes,
-        "file_bytes": (out / ADAPTER).stat().st_size,
+        **sizes,
         "gallery": str(picture),
         "steps": fitted.steps,
         "kept_step": fitted.kept_step,
         "seconds_per_step": fitted.seconds_per_step,
     }
-    if (out / STEP_MEMORY).is_file():  # runs of older versions have none
+    if is_first() and (out / STEP_MEMORY).is_file():  # runs of older versions have none
         memory = read_record(out / STEP_MEMORY, "delete it")
         summary |= {"step_bytes": memory["bytes"], "step_bytes_from": memory["origin"]}
     if fitted.best is not None:

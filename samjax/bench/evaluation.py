@@ -20,7 +20,7 @@ from samjax.bench.programs import DoesNotFit, Program
 from samjax.bench.rounds import check_rounds, ratios, take_turns
 from samjax.bench.tables import size, spread
 from samjax.evaluation.evaluate import measure as measure_overlap
-from samjax.evaluation.evaluate import postprocessing, predict
+from samjax.evaluation.evaluate import on_one_device, postprocessing, predict
 from samjax.evaluation.saliency import saliency
 from samjax.models import Sam
 
@@ -97,7 +97,8 @@ def _programs(
     """The model, and the overlap of what it gives with a truth."""
     batch = random_batch(model.config, batch_size)
     inputs = {key: batch[key] for key in ("image", "input_size", "coords", "labels")}
-    forward = jax.jit(lambda variables, inputs: predict(model, variables, inputs))
+    mesh = on_one_device(batch_size).mesh
+    forward = jax.jit(lambda variables, inputs: predict(model, mesh, variables, inputs))
     logits = np.random.default_rng(0).normal(size=(batch_size, *model.config.low_res_shape))
     truths = list(_truths(batch_size, truth_size))
     after = jax.device_put((logits.astype(np.float32), *postprocessing(model, truths)))

@@ -66,7 +66,7 @@ def drawn_tasks(tasks: int, per_step: int, seed: int, step: int) -> np.ndarray:
 
 
 def dense_eval_batches(
-    source: DenseSource, *, frame: Frame, batch_size: int
+    source: DenseSource, *, frame: Frame, batch_size: int, rows: Sequence[int] | None = None
 ) -> Iterator[dict[str, Any]]:
     """One pass over the source in order, without randomness.
 
@@ -79,7 +79,7 @@ def dense_eval_batches(
         prepared = prepare_input(sample.image, frame)
         return {**prepared, "truth": sample.truth, "name": sample.name}
 
-    return one_pass(load, source, batch_size)
+    return one_pass(load, source, batch_size, rows)
 
 
 def prepare_truth(task: Task, truth: np.ndarray, frame: Frame) -> np.ndarray:

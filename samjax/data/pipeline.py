@@ -2,14 +2,13 @@
 evaluation.
 
 The training stream is a pure function of the seed and the global step: shuffling and random changes
-come before each process takes its share, so that the stream is the same for any number of them, and
+come before each process takes its rows, so that the stream is the same for any number of them, and
 to resume is to start at another step.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, Literal
 
 import grain
@@ -77,8 +76,7 @@ def train_batches(
     augment: AugmentConfig,
     features: Features | None = None,
     split: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> grain.MapDataset:
     """The endless stream of training batches; element i is the batch of step i.
 
@@ -102,8 +100,7 @@ def train_batches(
         batch_size=batch_size,
         seed=seed,
         split=split,
-        process_index=process_index,
-        process_count=process_count,
+        rows=rows,
     )
 
 
@@ -114,8 +111,7 @@ def training_stream(
     batch_size: int,
     seed: int,
     split: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> grain.MapDataset:
     """The endless stream of batches of what `load(position, rng)` makes of a source's samples.
 
@@ -126,42 +122,46 @@ def training_stream(
     With `split` the samples are cut into two halves once, by the seed, and rows come from one and
     the other in turn; each half is shuffled in its own epochs.
 
-    `batch_size` is global: of `process_count` processes each gets the samples p, p + count, ... of
-    the global batch, `batch_size / process_count` of them.
+    `batch_size` is that of all processes together. Of several, each names the `rows` of the batch
+    that it holds, in order (with `split` in pairs of an even one and the next), and reads only
+    these: the same as they are in the whole batch.
     """
     check_batch(source, batch_size)
-    if batch_size % process_count:
+    if split and (len(source) < 2 or batch_size % 2):
         raise ValueError(
-            f"batch_size {batch_size} is not a multiple of the {process_count} processes"
+            f"two halves of {len(source)} samples cannot fill a batch of {batch_size} in equal "
+            "parts; give an even batch_size"
         )
-    if split and (len(source) < 2 or batch_size // process_count % 2):
-        raise ValueError(
-            f"two halves of {len(source)} samples cannot fill a batch of "
-            f"{batch_size // process_count} in equal parts; give an even batch_size"
-        )
+    rows = range(batch_size) if rows is None else rows
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must lie in [0, 2**32), but is {seed}")
 
     def load_indexed(index: int, rng: np.random.Generator) -> Batch:
         return {**load(int(index), rng), "index": np.int32(index)}
 
-    def stream(positions: grain.MapDataset, seed: int = seed) -> grain.MapDataset:
+    def stream(
+        positions: grain.MapDataset, size: int, rows: Sequence[int], seed: int = seed
+    ) -> grain.MapDataset:
         # The random map comes after the repetition, so that an image is changed anew in every
         # epoch. As many epochs as leave every length of the chain an index-sized integer.
         epochs = 2**62 // len(source)
-        endless = positions.seed(seed).shuffle().repeat(epochs)
-        return endless.random_map(load_indexed)[process_index::process_count]
+        endless = positions.seed(seed).shuffle().repeat(epochs).random_map(load_indexed)
+        if len(rows) == size:
+            return endless
+        return grain.MapDataset.mix([endless[row::size] for row in rows])  # which takes turns
 
     if not split:
-        return stream(grain.MapDataset.range(len(source))).batch(batch_size // process_count)
+        return stream(grain.MapDataset.range(len(source)), batch_size, rows).batch(len(rows))
     order = np.random.default_rng(seed).permutation(len(source))
     halves = (np.sort(half).tolist() for half in np.array_split(order, 2))
     # Seeds of their own: else rows of the two would have the same order, crops and prompts.
     seeds = np.random.SeedSequence(seed).generate_state(2).tolist()
+    own_rows = [row // 2 for row in rows[::2]]
     streams = [
-        stream(grain.MapDataset.source(half), own) for half, own in zip(halves, seeds, strict=True)
+        stream(grain.MapDataset.source(half), batch_size // 2, own_rows, own)
+        for half, own in zip(halves, seeds, strict=True)
     ]
-    return grain.MapDataset.mix(streams).batch(batch_size // process_count)
+    return grain.MapDataset.mix(streams).batch(len(rows))
 
 
 def batches_from(
@@ -182,6 +182,7 @@ def eval_batches(
     frame: Frame,
     batch_size: int,
     prompts_for: Literal["none", "box", "point"],
+    rows: Sequence[int] | None = None,
     num_threads: int = 2,
 ) -> Iterator[Batch]:
     """One pass over the source in order, without randomness.
@@ -201,33 +202,46 @@ def eval_batches(
         prepared = prepare_sample(sample, coords, labels, frame)
         return {**prepared, "truth": sample.mask, "name": sample.name}
 
-    return one_pass(load, source, batch_size, num_threads)
+    return one_pass(load, source, batch_size, rows, num_threads)
 
 
 def one_pass(
-    load: Callable[[int], Batch], source: Sized, batch_size: int, num_threads: int = 2
+    load: Callable[[int], Batch],
+    source: Sized,
+    batch_size: int,
+    rows: Sequence[int] | None = None,
+    num_threads: int = 2,
 ) -> Iterator[Batch]:
     """Batches of what `load(position)` makes of a source's samples, in order.
 
-    Arrays are stacked; truth and name stay lists, truth and names. The last batch is filled up by
-    repeating the last sample; valid (b,) bool is False there.
+    Arrays are stacked; truth and name stay lists, truth and names. index (b,) are the samples'
+    positions. The last batch is filled up by repeating the last sample; valid (b,) bool is False
+    there. `batch_size` and `rows` are as in `training_stream`; done is how many samples of all
+    processes' this batch makes.
     """
     check_batch(source, batch_size)
-    count = len(source)
-    dataset = grain.MapDataset.range(count).map(lambda index: load(int(index)))
-    samples = batches_from(dataset, 0, count, num_threads, buffer=16)
-    groups = iter(lambda: list(itertools.islice(samples, batch_size)), [])
-    return (_collate(group, batch_size) for group in groups)
+    count, rows = len(source), range(batch_size) if rows is None else rows
+    starts = range(0, count, batch_size)
+    places = [start + row for start in starts for row in rows]
+
+    def load_indexed(place: int) -> Batch:
+        index = min(int(place), count - 1)
+        return {**load(index), "index": np.int32(index), "valid": np.bool_(place < count)}
+
+    dataset = grain.MapDataset.source(places).map(load_indexed)
+    samples = batches_from(dataset, 0, len(places), num_threads, buffer=16)
+    return (
+        {**_collate([next(samples) for _ in rows]), "done": min(batch_size, count - start)}
+        for start in starts
+    )
 
 
-def _collate(group: list[Batch], batch_size: int) -> Batch:
-    filled = [*group, *[group[-1]] * (batch_size - len(group))]
+def _collate(group: list[Batch]) -> Batch:
     arrays = [key for key in group[0] if key not in ("truth", "name")]
     return {
-        **{key: np.stack([sample[key] for sample in filled]) for key in arrays},
-        "valid": np.arange(batch_size) < len(group),
-        "truth": [sample["truth"] for sample in filled],
-        "names": [sample["name"] for sample in filled],
+        **{key: np.stack([sample[key] for sample in group]) for key in arrays},
+        "truth": [sample["truth"] for sample in group],
+        "names": [sample["name"] for sample in group],
     }
 
 

@@ -13,14 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from scipy import special
 
 from samjax.evaluation.metrics import overlap
 from samjax.evaluation.saliency import saliency
 from samjax.files import write_beside
+from samjax.hosts import gather
 from samjax.models import Prompts, Sam
 from samjax.preprocess import MASK_THRESHOLD, unpad_matrices
+from samjax.training.sharding import BatchLayout, make_mesh, place, rows
 
 # The row of a file that is no image's.
 _SET = "(whole set)"
@@ -73,12 +76,16 @@ class Evaluation:
             raise ValueError(f"{path} is damaged: delete it, and evaluate again") from None
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def predict(model: Sam, variables: Any, batch: dict[str, Any]) -> Float[Array, "b h w"]:
-    """Logits of mask 0 of each image's prompt, at the decoder's resolution."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def predict(model: Sam, mesh: Mesh, variables: Any, batch: dict[str, Any]) -> Float[Array, "b h w"]:
+    """Logits of mask 0 of each image's prompt, at the decoder's resolution.
+
+    `batch`: image, input_size, coords and labels of `samjax.data.pipeline.eval_batches`, spread
+    over the mesh, as the logits are.
+    """
     prompts = Prompts(batch["coords"], batch["labels"])
     logits, _ = model.apply(variables, batch["image"], batch["input_size"], prompts)
-    return logits[:, 0]
+    return jax.lax.with_sharding_constraint(logits[:, 0], rows(mesh))
 
 
 @jax.jit
@@ -100,6 +107,7 @@ def evaluate(
     on_batch: Callable[[dict[str, Any], np.ndarray], None] = lambda batch, masks: None,
     *,
     with_saliency: bool = False,
+    layout: BatchLayout | None = None,
 ) -> Evaluation:
     """Runs a model over `samjax.data.pipeline.eval_batches`; mask 0 of each prompt counts.
 
@@ -107,9 +115,12 @@ def evaluate(
     batch with its predicted masks (b, h, w), padded below and to the right to a common size. The
     metrics are those of `overlap`, and `with_saliency` those of `saliency`, which the host's
     threads compute while the model sees the next batch.
+
+    `layout` is how batches are spread over devices; left out, one device has them. Of several
+    processes each gives, and sees, its own rows of a batch, and all return the whole evaluation.
     """
-    variables = jax.device_put(variables)
     names: list[str] = []
+    indices: list[np.ndarray] = []
     collected: dict[str, list[np.ndarray]] = {}
     pending: list[Future[dict[str, float]]] = []
 
@@ -121,10 +132,15 @@ def evaluate(
 
     with ThreadPoolExecutor() as threads:
         for batch in batches:
-            inputs = {key: batch[key] for key in ("image", "input_size", "coords", "labels")}
-            logits = predict(model, variables, inputs)
-            metrics, masks, full = measure(logits, *postprocessing(model, batch["truth"]))
             valid = batch["valid"]
+            layout = layout or on_one_device(len(valid))
+            variables = place(variables, layout.mesh)
+            inputs = {key: batch[key] for key in ("image", "input_size", "coords", "labels")}
+            with jax.set_mesh(layout.mesh):
+                logits = predict(model, layout.mesh, variables, layout.place(inputs))
+            logits = layout.local(logits)
+            metrics, masks, full = measure(logits, *postprocessing(model, batch["truth"]))
+            indices.append(batch["index"][valid])
             names += [name for name, use in zip(batch["names"], valid, strict=True) if use]
             for key, values in metrics.items():
                 collected.setdefault(key, []).append(np.asarray(values)[valid])
@@ -137,7 +153,27 @@ def evaluate(
                 ]
             on_batch(batch, np.asarray(masks))
         collect()
-    return Evaluation(tuple(names), {k: np.concatenate(v) for k, v in collected.items()})
+    return Evaluation(*of_all(names, indices, collected))
+
+
+def on_one_device(batch_size: int) -> BatchLayout:
+    """The layout of batches that one device has."""
+    return BatchLayout(make_mesh(devices=jax.devices()[:1]), batch_size)
+
+
+def of_all(
+    names: list[str], indices: list[np.ndarray], collected: dict[str, list[np.ndarray]]
+) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    """What all processes have measured, in the order of the samples' positions: names, metrics."""
+    own = {key: np.concatenate(values) for key, values in collected.items()}
+    parts = gather({"index": np.concatenate(indices), "name": np.array(names, str), **own})
+
+    def joined(key: str) -> np.ndarray:
+        return np.concatenate([part[key] for part in parts if key in part])
+
+    order = np.argsort(joined("index"))
+    every = {key: joined(key)[order] for part in parts for key in part}
+    return tuple(every.pop("name").tolist()), {k: v for k, v in every.items() if k != "index"}
 
 
 def _saliency(logits: np.ndarray, truth: np.ndarray) -> dict[str, float]:

@@ -9,12 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from samjax.data.dense_pipeline import place_truth
-from samjax.evaluation.evaluate import Evaluation, resizing
+from samjax.evaluation.evaluate import Evaluation, of_all, on_one_device, resizing
 from samjax.evaluation.task_metrics import add, measure, summarize
+from samjax.hosts import gather
 from samjax.models import MSam
 from samjax.tasks import Task
+from samjax.training.sharding import BatchLayout, place, rows
 
 # How metrics are written in tables, after their task.
 _TITLES = {
@@ -41,17 +44,21 @@ def titles(tasks: Sequence[Task]) -> dict[str, str]:
     }
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def predict_tasks(
-    model: MSam, variables: Any, image: Any, input_size: Any, rows: Any, columns: Any
-) -> dict[str, Any]:
-    """The maps (b, channels, h, w) of all tasks at the images' own resolutions, by task.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def predict_tasks(model: MSam, mesh: Mesh, variables: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """The low-resolution maps (b, channels, h, w) of all tasks, by task, spread as the batch is.
 
-    `rows` and `columns` are those of `samjax.evaluation.evaluate.resizing`.
+    `batch`: image and input_size of `samjax.data.dense_pipeline.dense_eval_batches`.
     """
-    maps = model.apply(variables, image, input_size)
+    maps = model.apply(variables, batch["image"], batch["input_size"])
+    return jax.lax.with_sharding_constraint(maps, rows(mesh))
+
+
+@jax.jit
+def _resize(maps: dict[str, Any], to_rows: Any, to_columns: Any) -> dict[str, Any]:
+    """Maps at the images' own resolutions, by `samjax.evaluation.evaluate.resizing`."""
     return {
-        name: jnp.einsum("bih,bchw,bjw->bcij", rows, low, columns, precision="highest")
+        name: jnp.einsum("bih,bchw,bjw->bcij", to_rows, low, to_columns, precision="highest")
         for name, low in maps.items()
     }
 
@@ -61,24 +68,33 @@ def evaluate_tasks(
     variables: Any,
     batches: Iterator[dict[str, Any]],
     on_batch: Callable[[dict[str, Any], dict[str, Any]], None] = lambda batch, maps: None,
+    *,
+    layout: BatchLayout | None = None,
 ) -> Evaluation:
     """Runs a model over `samjax.data.dense_pipeline.dense_eval_batches`.
 
     The metrics, TASK/METRIC, are those of `samjax.evaluation.task_metrics`, of each image and of
     the set, whose pixels count alike; NaN where no pixel of a truth is known. `on_batch(batch,
     maps)` sees each batch with the maps (b, channels, h, w) of each task on the device, padded
-    below and to the right to a common size.
+    below and to the right to a common size. `layout` is that of
+    `samjax.evaluation.evaluate.evaluate`.
     """
-    variables = jax.device_put(variables)
     names: list[str] = []
+    indices: list[np.ndarray] = []
     totals: dict[str, Any] = {}
-    collected: dict[str, list[float]] = {}
+    collected: dict[str, list[np.ndarray]] = {}
     for batch in batches:
+        layout = layout or on_one_device(len(batch["valid"]))
+        variables = place(variables, layout.mesh)
         sizes = [_size(truth) for truth in batch["truth"]]
-        rows, columns = resizing(model, sizes)
-        shape = rows.shape[1], columns.shape[1]
-        maps = predict_tasks(model, variables, batch["image"], batch["input_size"], rows, columns)
+        to_rows, to_columns = resizing(model, sizes)
+        shape = to_rows.shape[1], to_columns.shape[1]
+        inputs = layout.place({key: batch[key] for key in ("image", "input_size")})
+        with jax.set_mesh(layout.mesh):
+            low = predict_tasks(model, layout.mesh, variables, inputs)
+        maps = _resize(jax.tree.map(layout.local, low), to_rows, to_columns)
         valid = np.flatnonzero(batch["valid"])
+        indices.append(batch["index"][valid])
         names += [batch["names"][i] for i in valid]
         for task in model.tasks:
             truth = [place_truth(task, own[task.name], shape) for own in batch["truth"]]
@@ -88,14 +104,22 @@ def evaluate_tasks(
             for i in range(len(valid)):
                 own = summarize(task, {name: value[i] for name, value in counts.items()})
                 for metric, value in own.items():
-                    collected.setdefault(f"{task.name}/{metric}", []).append(value)
+                    collected.setdefault(f"{task.name}/{metric}", []).append(np.array([value]))
         on_batch(batch, maps)
     of_set = {
         f"{task.name}/{metric}": value
         for task in model.tasks
-        for metric, value in summarize(task, totals[task.name]).items()
+        for metric, value in summarize(task, _sum(totals[task.name])).items()
     }
-    return Evaluation(tuple(names), {k: np.array(v) for k, v in collected.items()}, of_set)
+    return Evaluation(*of_all(names, indices, collected), of_set)
+
+
+def _sum(counts: dict[str, Any]) -> dict[str, Any]:
+    """The counts of all processes."""
+    total = None
+    for part in gather({name: np.asarray(value) for name, value in counts.items()}):
+        total = add(total, {name: value[None] for name, value in part.items()})
+    return total or {}
 
 
 def _size(truth: dict[str, np.ndarray]) -> tuple[int, int]:

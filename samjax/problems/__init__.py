@@ -6,7 +6,7 @@ comparisons and the loop know no more of it, but for the gain that comparisons o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import grain
@@ -48,11 +48,18 @@ class Problem(Protocol):
         """The model that learns it, made of SAM. Raises ValueError where it cannot be."""
 
     def batches(
-        self, model: Sam, source: Any, *, split: bool, features: Features | None = None
+        self,
+        model: Sam,
+        source: Any,
+        *,
+        split: bool,
+        rows: Sequence[int] | None = None,
+        features: Features | None = None,
     ) -> grain.MapDataset:
         """The endless stream of training batches; with `split` from halves of the data in turn.
 
-        `features` take the place of images.
+        `features` take the place of images. Of several processes, each has its `rows`: see
+        `samjax.data.pipeline.training_stream`.
         """
 
     def evaluate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -20,9 +20,11 @@ from samjax.data.sources import Dataset
 from samjax.data.walk import Track, untracked
 from samjax.evaluation.evaluate import Evaluation
 from samjax.evaluation.evaluate_tasks import evaluate_tasks, titles
+from samjax.hosts import any_process, gather
 from samjax.models import MSam, Sam
 from samjax.models.msam import msam_params
 from samjax.tasks import Task
+from samjax.training.sharding import BatchLayout, make_mesh
 from samjax.training.task_objective import TaskObjective
 from samjax.viz import gallery
 from samjax.viz_tasks import picture_of, predicted, range_of
@@ -70,7 +72,13 @@ class DenseTasks:
         return model, msam_params(params, model)
 
     def batches(
-        self, model: Sam, source: DenseSource, *, split: bool, features: Features | None = None
+        self,
+        model: Sam,
+        source: DenseSource,
+        *,
+        split: bool,
+        rows: Sequence[int] | None = None,
+        features: Features | None = None,
     ) -> grain.MapDataset:
         """Changed images with their truths."""
         return dense_train_batches(
@@ -83,6 +91,7 @@ class DenseTasks:
             tasks_per_step=self.config.tasks_per_step,
             features=features,
             split=split,
+            rows=rows,
         )
 
     def evaluate(
@@ -95,49 +104,59 @@ class DenseTasks:
         briefly: bool = False,
     ) -> Evaluation:
         """All metrics of all tasks. Raises ValueError for one without labels in the source."""
-        unlabelled = list(model.tasks)
+        labelled: set[str] = set()
 
         def on_batch(batch: dict[str, Any], maps: dict[str, Any]) -> None:
-            advance(int(batch["valid"].sum()))
+            advance(batch["done"])
             for truth in batch["truth"]:
-                unlabelled[:] = [t for t in unlabelled if not has_labels(t, truth[t.name])]
+                labelled.update(t.name for t in model.tasks if has_labels(t, truth[t.name]))
 
-        found = evaluate_tasks(model, variables, self._eval_batches(model, source), on_batch)
+        layout = self._eval_layout()
+        batches = self._eval_batches(model, source, layout)
+        found = evaluate_tasks(model, variables, batches, on_batch, layout=layout)
+        unlabelled = [t.name for t in model.tasks if not any_process(t.name in labelled)]
         if unlabelled:
             raise ValueError(
-                f"task {unlabelled[0].name}: no pixel of the {len(source)} images that it is "
+                f"task {unlabelled[0]}: no pixel of the {len(source)} images that it is "
                 "measured on has a label: add labels, or leave the task out"
             )
         return found
 
-    def _eval_batches(self, model: Sam, source: DenseSource) -> Any:
-        batch_size = self.config.eval_batch_size
-        return dense_eval_batches(source, frame=model.config.frame, batch_size=batch_size)
+    def _eval_layout(self) -> BatchLayout:
+        return BatchLayout.for_at_least(self.config.eval_batch_size, make_mesh(self.config.fsdp))
+
+    def _eval_batches(self, model: Sam, source: DenseSource, layout: BatchLayout) -> Any:
+        return dense_eval_batches(
+            source, frame=model.config.frame, batch_size=layout.size, rows=layout.own
+        )
 
     def draw(self, model: MSam, versions: dict[str, Any], source: DenseSource) -> Image.Image:
         """A row for each image and task: image, truth, and the prediction of each version."""
         chosen = Chosen(source, self.config.gallery)
         samples = [chosen[i] for i in range(len(chosen))]
-        found: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in versions}
-        measured = {}
+        found: dict[str, dict[str, np.ndarray]] = {}
+        measured, layout = {}, self._eval_layout()
         for name, variables in versions.items():
+            own: dict[str, np.ndarray] = {}
 
-            def collect(batch: dict[str, Any], maps: dict[str, Any], name: str = name) -> None:
+            def collect(batch: dict[str, Any], maps: dict[str, Any], to: dict = own) -> None:
                 ours = {task.name: predicted(task, maps[task.name]) for task in model.tasks}
                 ours = jax.device_get(ours)
                 for i in np.flatnonzero(batch["valid"]):
                     height, width = next(iter(batch["truth"][i].values())).shape[:2]
-                    crop = {key: value[i, :height, :width] for key, value in ours.items()}
-                    found[name].append(crop)
+                    for key, value in ours.items():
+                        to[f"{batch['index'][i]}/{key}"] = value[i, :height, :width]
 
-            batches = self._eval_batches(model, chosen)
-            measured[name] = evaluate_tasks(model, variables, batches, collect).per_image
+            batches = self._eval_batches(model, chosen, layout)
+            evaluation = evaluate_tasks(model, variables, batches, collect, layout=layout)
+            measured[name] = evaluation.per_image
+            found[name] = {key: map_ for part in gather(own) for key, map_ in part.items()}
         rows, captions = [], []
         for i, sample in enumerate(samples):
             for task in model.tasks:
                 truth = sample.truth[task.name]
                 limits = range_of(task, truth)
-                versions_of_it = [found[name][i][task.name] for name in versions]
+                versions_of_it = [found[name][f"{i}/{task.name}"] for name in versions]
                 pictures = [picture_of(task, x, limits) for x in (truth, *versions_of_it)]
                 rows.append([sample.image, *pictures])
                 metric = next(iter(task.metrics))

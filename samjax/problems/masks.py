@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -17,8 +17,10 @@ from samjax.data.sources import Dataset, Source, open_source
 from samjax.data.walk import Track, untracked
 from samjax.evaluation.evaluate import Evaluation, evaluate
 from samjax.evaluation.metrics import TITLES
+from samjax.hosts import gather
 from samjax.models import Sam
 from samjax.training.objective import MaskObjective
+from samjax.training.sharding import BatchLayout, make_mesh
 from samjax.viz import TRUTH_COLOR, gallery, overlay
 
 
@@ -70,7 +72,13 @@ class Masks:
         return sam, params
 
     def batches(
-        self, model: Sam, source: Source, *, split: bool, features: Features | None = None
+        self,
+        model: Sam,
+        source: Source,
+        *,
+        split: bool,
+        rows: Sequence[int] | None = None,
+        features: Features | None = None,
     ) -> grain.MapDataset:
         """Changed images with prompts drawn from their masks."""
         return train_batches(
@@ -82,6 +90,7 @@ class Masks:
             augment=self.config.augment,
             features=features,
             split=split,
+            rows=rows,
         )
 
     def evaluate(
@@ -96,17 +105,24 @@ class Masks:
         """With the run's evaluation prompt; `briefly` leaves out saliency."""
 
         def on_batch(batch: dict[str, Any], masks: np.ndarray) -> None:
-            advance(int(batch["valid"].sum()))
+            advance(batch["done"])
 
-        batches = self._eval_batches(model, source)
-        return evaluate(model, variables, batches, on_batch, with_saliency=not briefly)
+        layout = self._eval_layout()
+        batches = self._eval_batches(model, source, layout)
+        return evaluate(
+            model, variables, batches, on_batch, with_saliency=not briefly, layout=layout
+        )
 
-    def _eval_batches(self, model: Sam, source: Source) -> Any:
+    def _eval_layout(self) -> BatchLayout:
+        return BatchLayout.for_at_least(self.config.eval_batch_size, make_mesh(self.config.fsdp))
+
+    def _eval_batches(self, model: Sam, source: Source, layout: BatchLayout) -> Any:
         return eval_batches(
             source,
             frame=model.config.frame,
-            batch_size=self.config.eval_batch_size,
+            batch_size=layout.size,
             prompts_for=self.config.evaluation_prompt,
+            rows=layout.own,
         )
 
     def draw(self, model: Sam, versions: dict[str, Any], source: Source) -> Image.Image:
@@ -115,16 +131,19 @@ class Masks:
         samples = [chosen[i] for i in range(len(chosen))]
         rows = [[s.image, overlay(s.image, s.mask, TRUTH_COLOR)] for s in samples]
         captions = [["", ""] for _ in samples]
+        layout = self._eval_layout()
         for variables in versions.values():
-            masks: list[np.ndarray] = []
+            masks: dict[str, np.ndarray] = {}
 
-            def collect(batch: dict[str, Any], predicted: np.ndarray, to: list = masks) -> None:
-                pairs = zip(predicted, batch["truth"], batch["valid"], strict=True)
-                to.extend(m[: t.shape[0], : t.shape[1]] for m, t, valid in pairs if valid)
+            def collect(batch: dict[str, Any], predicted: np.ndarray, to: dict = masks) -> None:
+                for i in np.flatnonzero(batch["valid"]):
+                    height, width = batch["truth"][i].shape
+                    to[str(batch["index"][i])] = predicted[i, :height, :width]
 
-            batches = self._eval_batches(model, chosen)
-            dice = evaluate(model, variables, batches, collect).per_image["dice"]
+            batches = self._eval_batches(model, chosen, layout)
+            dice = evaluate(model, variables, batches, collect, layout=layout).per_image["dice"]
+            everyones = {key: mask for part in gather(masks) for key, mask in part.items()}
             for i, sample in enumerate(samples):
-                rows[i].append(overlay(sample.image, masks[i]))
+                rows[i].append(overlay(sample.image, everyones[str(i)]))
                 captions[i].append(f"Dice {dice[i]:.3f}")
         return gallery(rows, ("image", "truth", *versions), captions)

@@ -20,6 +20,7 @@ import numpy as np
 
 from samjax.files import error_number
 from samjax.hashes import is_sealed, params_sha256, sealed
+from samjax.hosts import on_host
 from samjax.orbax_saves import clean_save, silence
 from samjax.training.step import TrainState
 
@@ -47,6 +48,9 @@ class Checkpoints:
     Each carries a sealed record: the hash of its leaves, what a validation measured, and which
     checkpoint was the best then. So damage to the newest or to the best is known: ValueError, here
     or from `restore`. Others are not looked at, since a kill leaves some half deleted.
+
+    Of several processes all make the same calls: each writes and reads what its devices hold, in a
+    folder that all see. For the hash, leaves come to the host one by one.
     """
 
     def __init__(self, directory: Path, metric: str = "dice", more_is_better: bool = True) -> None:
@@ -77,8 +81,8 @@ class Checkpoints:
         step = int(state.step)
         if self._ocp.latest is not None and self._ocp.latest.step >= step:
             return
-        leaves = {k: np.asarray(v) for k, v in _flatten(state).items()}
-        record = self._records.add(step, params_sha256(leaves), metrics)
+        leaves = _flatten(state)
+        record = self._records.add(step, params_sha256(leaves, on_host), metrics)
         with self._failures_of(step):
             if not self._ocp.save(step, leaves, force=True, custom_metadata=record):
                 raise RuntimeError(f"Orbax declined to save step {step}")
@@ -90,22 +94,22 @@ class Checkpoints:
     def restore(self, like: TrainState, step: int | None = None) -> TrainState | None:
         """The state of a step, or the newest; None where there is none.
 
-        Raises ValueError where it is damaged, or belongs to a run with other trained leaves.
+        Its arrays lie where those of `like` do, whatever devices it was saved from. Raises
+        ValueError where it is damaged, or belongs to a run with other trained leaves.
         """
         if self._ocp.latest is None:
             return None
         step = self._ocp.latest.step if step is None else step
-        leaves = self._read(step, lambda: self._load(step))
-        expected = _flatten(like)
-        if leaves.keys() != expected.keys() or any(
-            np.shape(leaves[k]) != np.shape(v) for k, v in expected.items()
-        ):
+        expected = {name: _abstract(leaf) for name, leaf in _flatten(like).items()}
+        found = self._read(step, lambda: self._shapes(step))
+        if found != {name: leaf.shape for name, leaf in expected.items()}:
             raise ValueError(
                 "the checkpoint holds other trained leaves than this configuration; "
                 "start anew in another folder"
             )
+        leaves = self._read(step, lambda: self._load(step, expected))
         values = [leaves[k] for k in expected]
-        return jax.device_put(jax.tree.unflatten(jax.tree.structure(like), values))
+        return jax.tree.unflatten(jax.tree.structure(like), values)
 
     def close(self) -> None:
         """Releases what Orbax holds."""
@@ -118,9 +122,13 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         return [checkpoint.step for checkpoint in self._ocp.checkpoints]
 
-    def _load(self, step: int) -> dict[str, Any]:
-        leaves = self._ocp.load(step)
-        if params_sha256(leaves) != self._records.state_sha256(step):
+    def _shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        leaves = self._ocp.metadata(step).metadata
+        return {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+
+    def _load(self, step: int, expected: dict[str, Any]) -> dict[str, Any]:
+        leaves = self._ocp.load(step, expected)
+        if params_sha256(leaves, on_host) != self._records.state_sha256(step):
             raise ValueError("these are other leaves than were saved")
         return leaves
 
@@ -243,4 +251,16 @@ class _NewestAndBest:
 
 def _flatten(state: TrainState) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+        )
+        for path, leaf in leaves
+    }
+
+
+def _abstract(leaf: Any) -> Any:
+    """What Orbax is to restore, and where."""
+    if isinstance(leaf, jax.Array):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    return leaf

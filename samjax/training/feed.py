@@ -1,18 +1,19 @@
-"""Batches on their way to the device, one step ahead."""
+"""Batches on their way to the devices, one step ahead."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-import jax
+from samjax.training.sharding import BatchLayout
 
 
 class Feed:
-    """Holds the next batch, which is read and sent to the device while a step computes."""
+    """Holds the next batch, which is read and sent to the devices while a step computes."""
 
-    def __init__(self, batches: Iterator[dict[str, Any]]) -> None:
+    def __init__(self, batches: Iterator[dict[str, Any]], layout: BatchLayout) -> None:
         self._batches = batches
+        self._layout = layout
         self._ahead: Any = None
         self.advance()
 
@@ -25,10 +26,12 @@ class Feed:
             return
         if batch is not None:
             indices = batch.pop("index")
-            self._ahead = jax.device_put(batch), [int(index) for index in indices]
+            self._ahead = self._layout.place(batch), [int(index) for index in indices]
 
     def take(self) -> tuple[dict[str, Any], list[int]]:
-        """The next batch's inputs on the device, and the positions of its images in the source.
+        """The next batch's inputs on the devices, and its images' positions in the source.
+
+        Of several processes, the positions are those of its own rows.
 
         Raises what reading it raised.
         """

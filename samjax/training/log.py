@@ -13,14 +13,18 @@ from samjax.files import write_beside, writing
 
 
 class MetricsLog:
-    """metrics.jsonl, cut back to the step that a run resumes from."""
+    """metrics.jsonl, cut back to the step that a run resumes from.
 
-    def __init__(self, path: Path, start: int) -> None:
+    Of several processes one has the file, and the others none (`path` None).
+    """
+
+    def __init__(self, path: Path | None, start: int) -> None:
         self._path = path
-        lines = path.read_text().splitlines() if path.is_file() else []
+        lines = path.read_text().splitlines() if path is not None and path.is_file() else []
         self._lines = [line for line in map(_parse, lines) if line and line["step"] <= start]
-        with write_beside(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in self._lines))
+        if path is not None:
+            with write_beside(path) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in self._lines))
         self._since: tuple[int, float] | None = None
         self._seconds_per_step: float | None = None
 
@@ -44,8 +48,9 @@ class MetricsLog:
         if self._seconds_per_step is not None:
             line["seconds_per_step"] = self._seconds_per_step
         self._seconds_per_step = None
-        with writing(self._path):
-            _append(self._path, json.dumps(line) + "\n")
+        if self._path is not None:
+            with writing(self._path):
+                _append(self._path, json.dumps(line) + "\n")
         self._lines.append(line)
 
     def seconds_per_step(self) -> float | None:

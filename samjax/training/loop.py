@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from samjax import peft as peft_lib
@@ -19,6 +21,7 @@ from samjax.config import Config
 from samjax.data.pipeline import batches_from
 from samjax.data.sources import Dataset
 from samjax.files import read_record, write_json
+from samjax.hosts import any_process, gather, is_first
 from samjax.models import Sam
 from samjax.peft.delta import UNTRAINED
 from samjax.problems import problem_of
@@ -27,6 +30,13 @@ from samjax.training import memory
 from samjax.training.checkpoint import Best, Checkpoints
 from samjax.training.feed import Feed
 from samjax.training.log import MetricsLog
+from samjax.training.sharding import (
+    BatchLayout,
+    StepShardings,
+    make_mesh,
+    place,
+    with_shardings,
+)
 from samjax.training.stages import Span, Stage, spans
 from samjax.training.step import (
     TrainState,
@@ -80,7 +90,9 @@ def fit(
     refuses, and RuntimeError where memory runs out.
     """
     steps = config.num_steps(len(source))
-    trainer = prepare(config, model, spec, base, steps, trunk.point if trunk else "")
+    layout = BatchLayout(make_mesh(config.fsdp), config.batch_size)
+    begins_at = trunk.point if trunk else ""
+    trainer = prepare(config, model, spec, base, steps, layout.mesh, begins_at)
     state, frozen = trainer.state, trainer.frozen
     with (
         contextlib.closing(Checkpoints(out / "checkpoints", *config.best)) as checkpoints,
@@ -91,7 +103,7 @@ def fit(
         step = start = int(state.step)
         if start:
             console.print(f"resuming after step {start}")
-        log = MetricsLog(out / METRICS, start)
+        log = MetricsLog(out / METRICS if is_first() else None, start)
         task = bar.add_task("training", total=steps, completed=start, note="compiling")
         ended = start == steps or _out_of_patience(config, checkpoints.best(), start)
         span = feed = train_step = None
@@ -102,12 +114,15 @@ def fit(
             begins = span is None or step == span.stop
             if begins:
                 span = next(span for span in trainer.spans if step < span.stop)
-                features = trunk.features if trunk else None
                 dataset = problem_of(config).batches(
-                    model, source, split=span.stage.split, features=features
+                    model,
+                    source,
+                    split=span.stage.split,
+                    rows=layout.own,
+                    features=trunk.features if trunk else None,
                 )
-                feed = Feed(batches_from(dataset, step, span.stop))
-            inputs, images = _take(feed, source, checkpoints, state)
+                feed = Feed(batches_from(dataset, step, span.stop), layout)
+            inputs, images = _take(feed, checkpoints, state)
             if begins:
                 if len(trainer.spans) > 1:
                     console.print(_announce(trainer.spans.index(span), trainer.spans))
@@ -115,9 +130,11 @@ def fit(
                 if kind not in compiled:
                     bar.update(task, note="compiling")
                     step_function = trainer.step(span.stage)
-                    compiled[kind] = _compile(console, step_function, state, frozen, inputs)
+                    with jax.set_mesh(layout.mesh):  # which kernels of attention ask for
+                        compiled[kind] = _compile(console, step_function, state, frozen, inputs)
                 train_step, needs = compiled[kind]
-                _note_memory(out / STEP_MEMORY, needs)
+                if is_first():
+                    _note_memory(out / STEP_MEMORY, needs)
             with memory.exhaustion():
                 state, logs = train_step(state, frozen, inputs)
                 feed.advance()  # while the step computes
@@ -125,6 +142,7 @@ def fit(
             step += 1
             if bad_leaf >= 0:
                 checkpoints.save(state)
+                images = ", ".join(source.names[i] for i in _of_all(images))
                 raise ValueError(
                     f"{finite_names(state.train)[bad_leaf]} is not finite at step {step} (images "
                     f"{images}); the state before it is saved: mend these images and go on with "
@@ -134,7 +152,8 @@ def fit(
             if begins:
                 bar.update(task, note="")
             validates = validate is not None and _is_due(step, config.validate_every, steps)
-            saves = validates or _is_due(step, config.checkpoint_every, steps) or stop.requested
+            saves = validates or _is_due(step, config.checkpoint_every, steps)
+            saves = saves or any_process(stop.requested)
             saves = saves or step == span.stop  # the next stage may need more memory than there is
             writes = saves or _is_due(step, config.log_every, steps)
             if writes:
@@ -154,7 +173,8 @@ def fit(
                     checkpoints.save(state, metrics if span.stop == steps else None)
             if writes or begins:  # a stage's first step is mostly compilation
                 log.start_clock(step)
-            if saves and stop.requested:  # else it came too late for a save: the next step's
+            # Else it came too late for a save: the next step's.
+            if saves and any_process(stop.requested):
                 raise Interrupted(
                     f"stopped after step {step} of {steps}; the same command with --resume goes on"
                 )
@@ -182,12 +202,40 @@ class Trainer:
 
 
 def prepare(
-    config: Config, model: Sam, spec: peft_lib.PeftSpec, base: Any, steps: int, start: str = ""
+    config: Config,
+    model: Sam,
+    spec: peft_lib.PeftSpec,
+    base: Any,
+    steps: int,
+    mesh: Mesh | None = None,
+    start: str = "",
 ) -> Trainer:
-    """The steps of a run of `steps`, and where it starts.
+    """The steps of a run of `steps` on a mesh (left out, of one device), and where it starts.
 
-    `base` survives: its trained leaves are copied, the others are shared. `start` is the encoder's
-    point at which a step begins (see `Sam`). Raises ValueError for stages that the run cannot have.
+    `base` survives: its trained leaves are copied, the others are shared where they lie as the mesh
+    has them. `start` is the encoder's point at which a step begins (see `Sam`). Raises ValueError
+    for stages that the run cannot have.
+    """
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
+    planned, first = plan(config, model, spec, base, steps, mesh, start)
+    base = place(base, mesh)
+    train_leaves, frozen = peft_lib.partition(base, peft_lib.trainable(spec, model, base))
+    return dataclasses.replace(planned, state=first(train_leaves), frozen=frozen)
+
+
+def plan(
+    config: Config,
+    model: Sam,
+    spec: peft_lib.PeftSpec,
+    base: Any,
+    steps: int,
+    mesh: Mesh,
+    start: str = "",
+) -> tuple[Trainer, Callable[[Any], TrainState]]:
+    """`prepare` from the shapes of `base` alone, and what makes the first state of its leaves.
+
+    State and frozen leaves are `jax.ShapeDtypeStruct`, with their shardings: the steps can be
+    compiled for them, for a mesh of devices that are not there, too.
     """
     train_leaves, frozen = peft_lib.partition(base, peft_lib.trainable(spec, model, base))
     labels = trained_labels(peft_lib.groups(spec, model, base))
@@ -210,13 +258,17 @@ def prepare(
             accumulate=config.accumulate,
             labels=labels,
             stage=stage,
+            shardings=placed,
         )
 
-    # Copied, since the step donates its state and `base` must survive it.
-    first = jax.jit(
-        lambda leaves: init_state(jax.tree.map(jnp.copy, leaves), optimizer(stages[0].stage))
-    )
-    return Trainer(stages, first(train_leaves), frozen, step)
+    def first(leaves: Any) -> TrainState:
+        # Copied, since the step donates its state and `base` must survive it.
+        return init_state(jax.tree.map(jnp.copy, leaves), optimizer(stages[0].stage))
+
+    state = jax.eval_shape(first, train_leaves)
+    placed = StepShardings.of(state, frozen, mesh)
+    trainer = Trainer(stages, with_shardings(state, mesh), with_shardings(frozen, mesh), step)
+    return trainer, jax.jit(first, out_shardings=placed.state)
 
 
 def check_stages(config: Config, model: Sam, spec: peft_lib.PeftSpec, num_images: int) -> None:
@@ -243,18 +295,28 @@ def _announce(number: int, stages: list[Span]) -> str:
 
 
 def _take(
-    feed: Feed, source: Dataset, checkpoints: Checkpoints, state: TrainState
-) -> tuple[dict[str, Any], str]:
-    """The next batch's inputs, and the names of its images; saves the state where there is none."""
+    feed: Feed, checkpoints: Checkpoints, state: TrainState
+) -> tuple[dict[str, Any], list[int]]:
+    """The next batch's inputs, and its images' positions; saves the state where there is none."""
+    taken, failure = None, None
     try:
-        inputs, indices = feed.take()
+        taken = feed.take()
     except Exception as error:
+        failure = error
+    if any_process(failure is not None):
         checkpoints.save(state)
+        told = gather({"error": np.array("" if failure is None else str(failure))})
+        error = next(text for part in told if (text := str(part["error"])))
         raise ValueError(
             f"{error}; training is saved up to the step before: once the file is mended, the same "
             "command with --resume goes on"
-        ) from error
-    return inputs, ", ".join(source.names[i] for i in indices)
+        ) from failure
+    return taken
+
+
+def _of_all(indices: list[int]) -> list[int]:
+    """The positions of a batch's images, of all processes."""
+    return np.concatenate([part["index"] for part in gather({"index": np.array(indices)})]).tolist()
 
 
 def _is_due(step: int, every: int | None, last: int) -> bool:
@@ -280,7 +342,7 @@ def _compile(console: Console, step: Any, *arguments: Any) -> tuple[Any, memory.
     """
     need = memory.estimate(step, *arguments)
     console.print(str(need))
-    have = memory.available_bytes(jax.devices()[0])
+    have = memory.available_bytes(jax.local_devices()[0])
     if have is not None and have < need.total:
         console.print(
             f"warning: there are {memory.gigabytes(have)}, which may not do: {memory.ADVICE}"

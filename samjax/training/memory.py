@@ -53,7 +53,9 @@ def estimate(step: Any, state: Any, frozen: Any, batch: Any) -> MemoryEstimate:
 
     The step is traced, as it is when it is first called, which then need not trace it again.
     """
-    activations = peak_bytes(step.trace(state, frozen, batch).jaxpr)
+    devices = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(batch) if _is_placed(leaf)}
+    # A program's arrays are those of all devices; its activations are spread as its batch is.
+    activations = peak_bytes(step.trace(state, frozen, batch).jaxpr) // max(devices, default=1)
     return MemoryEstimate(_tree_bytes(frozen), _tree_bytes(state), _tree_bytes(batch), activations)
 
 
@@ -114,7 +116,18 @@ def _bytes(aval: Any) -> int:
 
 
 def _tree_bytes(tree: Any) -> int:
-    return sum(_bytes(leaf) for leaf in jax.tree.leaves(tree))
+    """Those of one device."""
+
+    def of_leaf(leaf: Any) -> int:
+        if not _is_placed(leaf):
+            return _bytes(leaf)
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(of_leaf(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _is_placed(leaf: Any) -> bool:
+    return getattr(leaf, "sharding", None) is not None
 
 
 def available_bytes(device: jax.Device) -> int | None:

@@ -23,6 +23,7 @@ from samjax.peft.delta import ARCH, UNTRAINED, is_record
 from samjax.peft.recipes import DECODER_LEARNING_RATE
 from samjax.peft.trees import combine
 from samjax.training.objective import MaskObjective, Objective
+from samjax.training.sharding import StepShardings
 from samjax.training.stages import Stage
 
 _BCE_DICE = MaskObjective()
@@ -156,11 +157,13 @@ def make_train_step(
     accumulate: int = 1,
     labels: Any = None,
     stage: Stage | None = None,
+    shardings: StepShardings | None = None,
 ) -> Callable[[TrainState, Any, dict[str, Any]], tuple[TrainState, dict[str, Any]]]:
     """`step(state, frozen, batch) -> (state, logs)`, compiled; the old state's buffers are reused.
 
-    `batch` is that of the `objective`. With `accumulate` k it is cut into k parts whose gradients
-    are averaged before one update: the memory of b / k images.
+    `batch` is that of the `objective`. With `accumulate` k it is cut into k parts, each of every
+    k-th row, whose gradients are averaged before one update: the memory of b / k images.
+    `shardings` are those of all arguments and results; left out, those that the arguments have.
 
     In a `stage` the gradient is taken in its groups alone, by the tree of `labels`. Where the stage
     keeps halves of the data apart, rows of the batch come from one and the other in turn: the loss
@@ -175,7 +178,8 @@ def make_train_step(
     def gradients(train: Any, frozen: Any, batch: dict[str, Any], rng: Any) -> Any:
         if stage is None or not stage.split:
             return gradients_in(None if stage is None else stage.groups, train, frozen, batch, rng)
-        first, second = (jax.tree.map(lambda x, i=i: x[i::2], batch) for i in (0, 1))
+        dealt = jax.tree.map(lambda x: _deal(x, 2), batch)
+        first, second = (jax.tree.map(lambda x, i=i: x[i], dealt) for i in (0, 1))
         groups = stage.groups - {ARCH}
         (value, terms), grads = gradients_in(groups, train, frozen, first, rng)
         rng = jax.random.fold_in(rng, 1)
@@ -197,9 +201,7 @@ def make_train_step(
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         if accumulate == 1:
             return grad_fn(train, frozen, batch, rng)
-        parts = jax.tree.map(
-            lambda x: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]), batch
-        )
+        parts = jax.tree.map(lambda x: _deal(x, accumulate), batch)
         keys = jax.random.split(rng, accumulate)
 
         def body(total: Any, part: Any) -> tuple[Any, None]:
@@ -230,7 +232,20 @@ def make_train_step(
     # computes the second with the first, which saves nothing: this pass is what removes them.
     keeps = model.remat != "none" and jax.default_backend() == "cpu"
     options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if keeps else None
-    return jax.jit(step, donate_argnums=0, compiler_options=options)
+    placed = {}
+    if shardings is not None:
+        placed = {
+            "in_shardings": (shardings.state, shardings.frozen, shardings.batch),
+            "out_shardings": (shardings.state, shardings.logs),
+        }
+    return jax.jit(step, donate_argnums=0, compiler_options=options, **placed)
+
+
+def _deal(rows: Array, count: int) -> Array:
+    """(b, ...) as (count, b / count, ...): rows are dealt out in turn, so that each device deals
+    its own, where to cut a batch that is spread over devices into blocks would move it.
+    """
+    return jnp.moveaxis(rows.reshape(len(rows) // count, count, *rows.shape[1:]), 1, 0)
 
 
 def image_keys(rng: Any, batch: int) -> Any:

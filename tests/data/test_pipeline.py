@@ -182,6 +182,23 @@ def test_no_prompts_have_no_slots():
     assert stream(prompts=PromptConfig())[0]["coords"].shape == (2, 0, 2)
 
 
+def test_processes_share_an_evaluation():
+    """The second one has no image in the last batch, and fills it up as the first does."""
+
+    def batches(rows):
+        settings = {"frame": Frame(32, 32), "batch_size": 4, "prompts_for": "box"}
+        return list(eval_batches(ListSource(5), **settings, rows=rows))
+
+    whole = batches(None)
+    assert [batch["done"] for batch in whole] == [4, 1]
+    for rows in ([0, 1], [2, 3]):
+        for one, own in zip(whole, batches(rows), strict=True):
+            assert own["names"] == [one["names"][row] for row in rows]
+            assert own["done"] == one["done"]
+            for key in ("image", "coords", "valid", "index"):
+                np.testing.assert_array_equal(one[key][rows], own[key])
+
+
 @pytest.mark.parametrize(("kind", "slots"), [("none", 0), ("box", 2), ("point", 2)])
 def test_evaluation_keeps_the_order_and_fills_the_last_batch(kind, slots):
     source = ListSource()
@@ -238,23 +255,20 @@ def test_nonsense_is_refused():
         eval_batches(ListSource(0), frame=Frame(8, 8), batch_size=1, prompts_for="none")
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_processes_share_one_stream(count):
+@pytest.mark.parametrize("shares", [[[0, 1, 2], [3, 4, 5]], [[0, 3], [1, 4], [2, 5]]])
+def test_processes_share_one_stream(shares):
     source = ListSource(7)
 
-    def batches(**shares):
+    def batches(**share):
         settings = {"seed": 5, "prompts": PROMPTS, "augment": AugmentConfig(rotate90=True)}
-        dataset = train_batches(source, frame=Frame(32, 32), batch_size=6, **settings, **shares)
+        dataset = train_batches(source, frame=Frame(32, 32), batch_size=6, **settings, **share)
         return list(batches_from(dataset, 0, 4))
 
     whole = batches()
-    for process in range(count):
-        share = batches(process_index=process, process_count=count)
-        for one, own in zip(whole, share, strict=True):
+    for rows in shares:
+        for one, own in zip(whole, batches(rows=rows), strict=True):
             for key, value in one.items():
-                np.testing.assert_array_equal(value[process::count], own[key])
-    with pytest.raises(ValueError, match="batch_size 6 is not a multiple of the 4 processes"):
-        batches(process_index=0, process_count=4)
+                np.testing.assert_array_equal(value[rows], own[key])
 
 
 def halves(prompts, **options):
@@ -271,16 +285,17 @@ def halves(prompts, **options):
     )
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_halves_of_the_data_take_turns_in_the_rows(count):
+@pytest.mark.parametrize("shares", [[None], [[0, 1], [2, 3]]])
+def test_halves_of_the_data_take_turns_in_the_rows(shares):
     """Whole epochs of each half, and no image in both, for any number of processes."""
 
-    def rows(process):
-        dataset = halves(PROMPTS, process_index=process, process_count=count)
+    def indices(rows):
+        dataset = halves(PROMPTS, rows=rows)
         return np.stack([dataset[i]["index"] for i in range(6)])
 
     # Six batches of four rows: each half of four images is seen three times.
-    every = np.concatenate([rows(process) for process in range(count)], axis=1)
+    every = np.concatenate([indices(rows) for rows in shares], axis=1)
+    np.testing.assert_array_equal(every, indices(None))
     first, second = every[:, ::2], every[:, 1::2]
     for half in (first, second):
         values, times = np.unique(half, return_counts=True)

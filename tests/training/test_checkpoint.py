@@ -147,7 +147,7 @@ def test_a_half_deleted_one_that_nobody_needs(copy):
 def test_a_disk_that_cannot_be_read_is_no_damage(copy, monkeypatch):
     checkpoints = Checkpoints(copy())
 
-    def fail(step):
+    def fail(step, expected):
         raise OSError(errno.EIO, "of the disk")
 
     with monkeypatch.context() as patch:
