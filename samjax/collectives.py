@@ -106,20 +106,29 @@ def _groups(attributes: str, devices: int) -> list[list[int]]:
     if text[1].startswith("{{"):
         groups = re.findall(r"\{([\d,]+)\}", text[1][1 : text[1].index("}}") + 1])
         return [[int(n) for n in group.split(",")] for group in groups]
-    if iota := re.match(r"\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text[1]):
-        order = np.arange(devices).reshape([int(n) for n in iota[3].split(",")])
-        if iota[4]:
-            order = order.transpose([int(n) for n in iota[4].split(",")])
-        return order.reshape(int(iota[1]), int(iota[2])).tolist()
-    if own := re.match(r"mesh\[([^\]]*)\](?:, device_ids=\S+)?\s*\{([^}]*)\}", text[1]):
+    if iota := re.match(r"\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text[1]):
+        return _order(iota[3], devices).reshape(int(iota[1]), int(iota[2])).tolist()
+    own = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))?\s*\{([^}]*)\}", text[1])
+    if own:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", own[1])}
-        chosen = re.findall(r"'(\w+)'", own[2])
-        names = list(sizes)
-        kept = [i for i, name in enumerate(names) if name not in chosen]
-        order = np.arange(devices).reshape(list(sizes.values()))
-        order = order.transpose([*kept, *(names.index(name) for name in chosen)])
+        chosen = re.findall(r"'(\w+)'", own[3])
+        order = _order(own[2], devices).reshape(list(sizes.values()))
+        kept = [name for name in sizes if name not in chosen]
+        order = order.transpose([list(sizes).index(name) for name in (*kept, *chosen)])
         return order.reshape(-1, math.prod(sizes[name] for name in chosen)).tolist()
     raise ValueError(f"groups of devices are written in an unknown way: {text[1][:80]!r}")
+
+
+def _order(text: str | None, devices: int) -> np.ndarray:
+    """All devices in an order, written as [8], as [4,2]T(1,0), or one by one."""
+    if text is None:
+        return np.arange(devices)
+    sizes = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if sizes is None:
+        return np.array([int(n) for n in text.split(",")])
+    order = np.arange(devices).reshape([int(n) for n in sizes[1].split(",")])
+    axes = [int(n) for n in sizes[2].split(",")] if sizes[2] else range(order.ndim)
+    return order.transpose(list(axes)).flatten()
 
 
 def _axes(groups: list[list[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:

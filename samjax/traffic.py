@@ -20,6 +20,10 @@ _FREE = frozenset(
         *("partition-id", "replica-id", "opt-barrier"),
     )
 )
+# Calls by which the TPU's compiler takes notes.
+_NOTES = re.compile(
+    r'custom_call_target="(AllocateBuffer|AssumeGatherIndicesInBound|ConcatBitcast)"'
+)
 _SLICES = "dynamic-slice", "slice", "gather"
 
 
@@ -40,9 +44,7 @@ def traffic(program: Program) -> int:
 def _moves(operation: Operation) -> bool:
     # Of an asynchronous operation, its start counts.
     ends = operation.opcode.endswith(("-done", "-update"))
-    return operation.opcode not in _FREE and (
-        not ends or operation.opcode == "dynamic-update-slice"
-    )
+    return operation.opcode not in _FREE and not ends and not _NOTES.search(operation.attributes)
 
 
 def _moved(program: Program, part: str, operation: Operation) -> int:
@@ -56,16 +58,20 @@ def _moved(program: Program, part: str, operation: Operation) -> int:
             for i, operand in enumerate(operands)
         )
         return read + _written_by(program, name, results)
-    if operation.opcode in _SLICES:
-        return 2 * _in_hbm(results)
+    if operation.opcode.removesuffix("-start") in _SLICES:
+        return _padded(results) + _in_hbm(results)
     if operation.opcode == "dynamic-update-slice":
         return 2 * _in_hbm(operands[1].shapes)
     return _in_hbm(results) + sum(_in_hbm(operand.shapes) for operand in operands)
 
 
 def _results(operation: Operation) -> tuple[Shape, ...]:
-    """What it makes: an asynchronous one has its operands once more beside it, and flags."""
-    return operation.shapes[: 1 if operation.opcode.endswith("-start") else None]
+    """What it makes; an asynchronous one also names its operands, and flags."""
+    if operation.opcode in ("copy-start", "all-reduce-start"):
+        return operation.shapes[:1]
+    count = len(operation.operands)
+    ends = operation.opcode.endswith("-start")
+    return operation.shapes[count : 2 * count] if ends else operation.shapes
 
 
 def _read(program: Program, part: str, index: int) -> int:
