@@ -116,7 +116,7 @@ def evaluate_tasks(
 def _sum(counts: dict[str, Any]) -> dict[str, Any]:
     """The counts of all processes."""
     total = None
-    for part in gather(counts):
+    for part in gather({name: np.asarray(value) for name, value in counts.items()}):
         total = add(total, {name: value[None] for name, value in part.items()})
     return total or {}
 

@@ -178,10 +178,8 @@ def make_train_step(
     def gradients(train: Any, frozen: Any, batch: dict[str, Any], rng: Any) -> Any:
         if stage is None or not stage.split:
             return gradients_in(None if stage is None else stage.groups, train, frozen, batch, rng)
-        # Each device cuts what rows it has: a step of two along the batch would gather them.
-        first, second = (
-            jax.tree.map(lambda x, i=i: x.reshape(-1, 2, *x.shape[1:])[:, i], batch) for i in (0, 1)
-        )
+        dealt = jax.tree.map(lambda x: _deal(x, 2), batch)
+        first, second = (jax.tree.map(lambda x, i=i: x[i], dealt) for i in (0, 1))
         groups = stage.groups - {ARCH}
         (value, terms), grads = gradients_in(groups, train, frozen, first, rng)
         rng = jax.random.fold_in(rng, 1)
@@ -203,9 +201,7 @@ def make_train_step(
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         if accumulate == 1:
             return grad_fn(train, frozen, batch, rng)
-        parts = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch
-        )
+        parts = jax.tree.map(lambda x: _deal(x, accumulate), batch)
         keys = jax.random.split(rng, accumulate)
 
         def body(total: Any, part: Any) -> tuple[Any, None]:
@@ -243,6 +239,13 @@ def make_train_step(
             "out_shardings": (shardings.state, shardings.logs),
         }
     return jax.jit(step, donate_argnums=0, compiler_options=options, **placed)
+
+
+def _deal(rows: Array, count: int) -> Array:
+    """(b, ...) as (count, b / count, ...): rows are dealt out in turn, so that each device deals
+    its own, where to cut a batch that is spread over devices into blocks would move it.
+    """
+    return jnp.moveaxis(rows.reshape(len(rows) // count, count, *rows.shape[1:]), 1, 0)
 
 
 def image_keys(rng: Any, batch: int) -> Any:

@@ -76,10 +76,10 @@ def test_batched_evaluation_is_one_by_one_prediction(
     batches = eval_batches(source, frame=frame, batch_size=2, prompts_for=prompt)
     result = evaluate(small_model, {"params": small_params}, batches)
     assert result.names == tuple(f"image{i}" for i in range(5))
-    compiled = evaluate_module._predict._cache_size()
+    compiled = evaluate_module.predict._cache_size()
     batches = eval_batches(source, frame=frame, batch_size=2, prompts_for=prompt)
     again = evaluate(small_model, {"params": small_params}, batches)
-    assert evaluate_module._predict._cache_size() == compiled  # one program for all sizes
+    assert evaluate_module.predict._cache_size() == compiled  # one program for all sizes
     np.testing.assert_array_equal(again.per_image["dice"], result.per_image["dice"])
 
     predictor = SamPredictor(small_model, small_params)
