@@ -49,7 +49,7 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
     too; of an asynchronous one, its start. Groups of one device exchange nothing.
     """
     found: Counter[Collective] = Counter()
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, ...]] = set()
     for part, operation, count in program.runs():
         for where, own in _fused(program, part, operation):
             kind = own.opcode.removesuffix("-start")
@@ -57,10 +57,10 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
                 continue
             # The fusions that an asynchronous one consists of repeat it, under the same number.
             channel = re.search(r"channel_id=(\d+)", own.attributes)
-            if channel is not None:
-                if (part, channel[1]) in seen:
+            if where != part and channel is not None:
+                if (key := (part, kind, channel[1], own.source)) in seen:
                     continue
-                seen.add((part, channel[1]))
+                seen.add(key)
             groups = _groups(own.attributes, math.prod(mesh.values()))
             if len(groups[0]) < 2:
                 continue

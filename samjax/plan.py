@@ -139,7 +139,11 @@ def make_plan(
 
         best = largest_that(fits)
         if not best:
-            raise DoesNotFit(f"not even the smallest batch, {smallest} images, fits: {ADVICE}")
+            count = smallest // mesh.size
+            images = "1 image" if count == 1 else f"{count} images"
+            raise DoesNotFit(
+                f"not even the smallest batch, {images} a device, fits: {ADVICE}, or use --fsdp"
+            )
         config = dataclasses.replace(config, batch_size=best * smallest)
         training, largest = found[best], config.batch_size // mesh.size
     else:
@@ -217,8 +221,15 @@ def _compile(
 def _refusal(what: str, error: str) -> str:
     """A compiler's refusal in a sentence."""
     used = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", error)
-    needs = f"needs {used[1]}iB of the {used[2]}iB of a chip" if used else "does not fit a chip"
+    needs = (
+        f"needs {_gib(used[1])} of the {_gib(used[2])} of a chip" if used else "does not fit a chip"
+    )
     return f"{what} {needs}: {ADVICE}"
+
+
+def _gib(text: str) -> str:
+    """As XLA writes it, such as 15.75G."""
+    return f"{text[:-1]} {text[-1]}iB"
 
 
 def _room(mesh: Mesh) -> int | None:
