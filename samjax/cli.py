@@ -35,6 +35,8 @@ verbs:
               samjax check-data my_images
   train       fine-tune, as an experiment file says
               samjax train experiments/kvasir_lora.py --weights mobile_sam --data Kvasir-SEG
+  plan        what a run needs of each device, of TPUs that are not there too
+              samjax plan experiments/kvasir_lora.py --topology v5e:4x4 --model vit_b
   compare     several methods at one budget, in one table
               samjax compare experiments/kvasir_lora.py --weights mobile_sam --data Kvasir-SEG \\
                   --methods decoder lora --seeds 0 1 2
@@ -63,6 +65,7 @@ _VERBS = (
     "data",
     "check-data",
     "train",
+    "plan",
     "compare",
     "eval",
     "arch",

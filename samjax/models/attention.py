@@ -89,7 +89,9 @@ def attend_map(
     if kind != "chunked" and fits(kind, height * width):
         queries, keys = fold_positions(q, k, *_biases(q, table_h, table_w))
         return flash(kind, queries, keys, _tokens(v)).reshape(q.shape)
-    some_heads, some_rows = chunk_sizes(*q.shape[:4])
+    # Where a batch is spread over devices, a chunk is of what each of them has.
+    devices = max(jax.sharding.get_abstract_mesh().size, 1)
+    some_heads, some_rows = chunk_sizes(max(q.shape[0] // devices, 1), *q.shape[1:4])
     chunks = [_split(t, 1, some_heads) for t in (q, k, v)]
     return _join(_map(lambda qkv: _attend_rows(some_rows, *qkv, table_h, table_w), chunks), 1)
 

@@ -230,7 +230,10 @@ def make_train_step(
 
     # On CPU, XLA removes the barriers between a rematerialised block's two computations and then
     # computes the second with the first, which saves nothing: this pass is what removes them.
-    keeps = model.remat != "none" and jax.default_backend() == "cpu"
+    platform = jax.default_backend()
+    if shardings is not None:  # of devices that are not there, too
+        platform = shardings.batch.mesh.devices.flat[0].platform
+    keeps = model.remat != "none" and platform == "cpu"
     options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if keeps else None
     placed = {}
     if shardings is not None:

@@ -27,6 +27,7 @@ def open_experiment(argv: list[str], verb: str, doc: str) -> Experiment:
 _POLYPS = "experiments/kvasir_lora.py --weights mobile_sam --data Kvasir-SEG"
 _EXAMPLES = {
     "train": "samjax train experiments/demo_nuclei.py",
+    "plan": "samjax plan experiments/kvasir_lora.py --topology v5e:4x4",
     "compare": f"samjax compare {_POLYPS} --methods decoder lora",
     "eval": f"samjax eval {_POLYPS}, or a run folder",
 }
