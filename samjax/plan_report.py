@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from samjax.bench import print_table
+from samjax.bench.tables import print_table
 from samjax.collectives import Collective
 from samjax.plan import Plan, ProgramPlan
 from samjax.training.memory import gigabytes
