@@ -87,6 +87,18 @@ class Operation:
         return found
 
 
+def _whole_lines(text: str) -> Iterator[str]:
+    """Lines, where the attributes of a kernel, JSON among them, may go over several."""
+    whole = ""
+    for line in text.splitlines():
+        if line.startswith(('"', "}}")):
+            whole += line
+        else:
+            yield whole
+            whole = line
+    yield whole
+
+
 class Program:
     """A compiled program: its parts, each a dict of its operations by name.
 
@@ -97,7 +109,7 @@ class Program:
         self.parts: dict[str, dict[str, Operation]] = {}
         self._entry = ""
         part: dict[str, Operation] | None = None
-        for line in text.splitlines():
+        for line in _whole_lines(text):
             head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
             if part is None and head is not None and head[2] != "HloModule":
                 part = self.parts[head[2]] = {}

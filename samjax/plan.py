@@ -173,22 +173,49 @@ def _training(config: Config, model: Sam, base: Any, mesh: Mesh) -> ProgramPlan:
     trainer, _ = plan_steps(config, model, config.spec(), base, config.steps or 1000, mesh)
     stage = max((span.stage for span in trainer.spans), key=lambda stage: len(stage.groups))
     state, frozen, batch = trainer.state, trainer.frozen, batch_shapes(config, model, mesh)
-    with jax.set_mesh(mesh):
-        traced = trainer.step(stage).trace(state, frozen, batch)
+
+    def trace(model: Sam) -> Any:
+        trainer, _ = plan_steps(config, model, config.spec(), base, config.steps or 1000, mesh)
+        with jax.set_mesh(mesh):
+            return trainer.step(stage).trace(state, frozen, batch)
+
+    traced, flops = _with_flops(trace, model, mesh)
     parts = frozen, state.train, state.opt_state, batch
-    return _compile(traced, f"a training step of {config.batch_size} images", mesh, *parts)
+    return _compile(traced, f"a training step of {config.batch_size} images", flops, mesh, *parts)
 
 
 def _evaluation(config: Config, model: Sam, base: Any, mesh: Mesh) -> ProgramPlan:
     batch, variables = evaluation_shapes(config, model, mesh), with_shardings(base, mesh)
-    with jax.set_mesh(mesh):
-        traced = evaluation_step(model).trace(model, mesh, variables, batch)
+
+    def trace(model: Sam) -> Any:
+        with jax.set_mesh(mesh):
+            return evaluation_step(model).trace(model, mesh, variables, batch)
+
+    traced, flops = _with_flops(trace, model, mesh)
     what = f"evaluation of {len(batch['image'])} images at a time"
-    return _compile(traced, what, mesh, variables, (), (), batch)
+    return _compile(traced, what, flops, mesh, variables, (), (), batch)
+
+
+def _with_flops(trace: Callable[[Sam], Any], model: Sam, mesh: Mesh) -> tuple[Any, int]:
+    """A program that `trace` makes of a model, and the FLOPs of each device.
+
+    Kernels of attention hide theirs; in chunks it multiplies the same.
+    """
+    traced = trace(model)
+    hidden = model.attention not in ("chunked", "dense")
+    shown = trace(model.clone(attention="chunked")) if hidden else traced
+    return traced, program_flops(shown.jaxpr) // mesh.size
 
 
 def _compile(
-    traced: Any, what: str, mesh: Mesh, frozen: Any, trained: Any, optimizer: Any, batch: Any
+    traced: Any,
+    what: str,
+    flops: int,
+    mesh: Mesh,
+    frozen: Any,
+    trained: Any,
+    optimizer: Any,
+    batch: Any,
 ) -> ProgramPlan:
     try:
         compiled = traced.lower().compile()
@@ -213,7 +240,7 @@ def _compile(
         code_bytes=code,
         peak_bytes=peak,
         padding_bytes=max(0, stats.argument_size_in_bytes - sum(parts)),
-        flops=program_flops(traced.jaxpr) // mesh.size,
+        flops=flops,
         traffic_bytes=traffic(program),
         collectives=tuple(collectives(program, dict(mesh.shape))),
         largest=tuple(largest_arrays(program, _LARGEST)),

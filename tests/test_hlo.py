@@ -115,6 +115,24 @@ def test_a_program_for_tpus():
     assert (str(largest.shape), largest.times) == ("bf16[6,8,128]", 6)
 
 
+def test_attributes_over_several_lines():
+    """As kernels of Pallas have them."""
+    program = Program(
+        """HloModule jit_f
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %k = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={of={
+"metadata":"{\\"block\\": 512}"
+}}, metadata={op_name="jit(f)/kernel"}
+  ROOT %s = f32[8]{0} add(%k, %p)
+}
+"""
+    )
+    found = {operation.name: operation for _, operation, _ in program.runs()}
+    assert list(found) == ["p", "k", "s"] and found["k"].source == "jit(f)/kernel"
+
+
 @pytest.mark.parametrize(
     ("text", "count", "padded"),
     [
