@@ -208,6 +208,7 @@ def _check(runs: Sequence[Run], console: Console) -> None:
     model, _ = open_model(unfinished[0].config)
     for run in {run.method: run for run in unfinished}.values():
         try:
+            run.config.num_devices()
             spec = run.config.spec()
             peft_lib.report(spec, model)
             check_stages(run.config, model, spec, len(sources["train"]))

@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import jax
 import tyro
+from jax.sharding import Mesh
 from rich.console import Console
 
 from samjax.data.augment import AugmentConfig
@@ -31,7 +33,7 @@ from samjax.peft.spec import PeftSpec, Rule, Train
 from samjax.tasks import Task
 from samjax.tasks import parse as parse_tasks
 from samjax.training.losses import LossConfig
-from samjax.training.sharding import check_batch, check_fsdp
+from samjax.training.sharding import check_batch, check_fsdp, make_mesh
 from samjax.training.stages import Stage
 from samjax.training.stages import parse as parse_stage
 from samjax.training.step import OptimizerConfig
@@ -106,7 +108,8 @@ class Config:
     # Compute dtype; parameters, softmax, norms and losses are float32 in either.
     dtype: Literal["float32", "bfloat16"] = "float32"
     # Attention of the ViT's global blocks; chunked never holds all scores, and neither do the
-    # kernels: cudnn (GPUs, in bfloat16) and splash (TPUs).
+    # kernels: cudnn (GPUs, in bfloat16; from Hopper on) and splash (TPUs). Maps that a kernel does
+    # not take are chunked.
     attention: AttentionKind = "chunked"
     # What the backward pass computes again instead of keeping: nothing, or the inside of each block
     # of the encoder.
@@ -245,15 +248,40 @@ class Config:
             return self.steps
         return max(1, round(self.epochs * num_images / self.batch_size))
 
+    @property
+    def images_at_a_time(self) -> int:
+        """Of a batch, what goes through the model at once."""
+        split = any(stage.split for stage in self.parsed_stages())
+        return self.batch_size // self.accumulate // (2 if split else 1)
+
     def check_devices(self, devices: int) -> None:
         """Raises ValueError where so many devices cannot share this run's batches and weights."""
         check_fsdp(self.fsdp, devices)
-        images, what = self.batch_size // self.accumulate, f"batch_size {self.batch_size}"
+        what = f"batch_size {self.batch_size}"
         if self.accumulate > 1:
             what += f" with accumulate {self.accumulate}"
         if any(stage.split for stage in self.parsed_stages()):
-            images, what = images // 2, f"{what} in two halves"
-        check_batch(images, what, devices)
+            what = f"{what} in two halves"
+        check_batch(self.images_at_a_time, what, devices)
+
+    def num_devices(self) -> int:
+        """How many of the devices here the run takes: the most that share its batches evenly.
+
+        Of several processes, all: raises ValueError where these cannot, or where `fsdp` devices
+        cannot.
+        """
+        have = jax.device_count()
+        if jax.process_count() > 1:
+            self.check_devices(have)
+            return have
+        check_fsdp(self.fsdp, have)
+        self.check_devices(self.fsdp)
+        counts = range(self.fsdp, have + 1, self.fsdp)
+        return max(count for count in counts if self.images_at_a_time % count == 0)
+
+    def mesh(self) -> Mesh:
+        """The devices that the run takes."""
+        return make_mesh(self.fsdp, jax.devices()[: self.num_devices()])
 
     def parsed_stages(self) -> tuple[Stage, ...]:
         """The stages of the run; () where everything trains all the time."""

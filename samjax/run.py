@@ -34,13 +34,13 @@ from samjax.hosts import any_process, is_first, on_first, on_host
 from samjax.loading import load, load_adapted
 from samjax.lock import check_free, run_lock
 from samjax.models import MODELS, Sam
-from samjax.models.flash import check_attention
+from samjax.models.flash import check_attention, computes
 from samjax.peft.architecture import left_out
 from samjax.problems import problem_of
 from samjax.run_inputs import check_inputs, inputs_of, tell_other_images, trunk_of
 from samjax.terminal import progress_bar, progress_on
 from samjax.training.loop import STEP_MEMORY, check_stages, fit
-from samjax.training.sharding import check_fsdp, make_mesh, place
+from samjax.training.sharding import place
 from samjax.training.trunk import Trunk, plan_trunk
 from samjax.viz import save_png
 
@@ -142,10 +142,20 @@ def evaluate_weights(config: Config, split: str, console: Console) -> Evaluation
     return _evaluate(config, split, console, None, None)
 
 
+def _for_this_machine(config: Config) -> Config:
+    """The config of a run that was trained on other devices, for an evaluation on these."""
+    fsdp = config.fsdp if jax.device_count() % config.fsdp == 0 else 1
+    here = computes(config.attention, config.dtype, jax.default_backend())
+    attention = config.attention if here else "chunked"
+    return dataclasses.replace(config, fsdp=fsdp, attention=attention)
+
+
 def _evaluate(
     config: Config, split: str, console: Console, run: Path | None, adapter: Path | None
 ) -> Evaluation:
-    check_fsdp(config.fsdp, jax.device_count())
+    if run is not None:
+        config = _for_this_machine(config)
+    config.num_devices()
     source = open_data(config, split, console)
     source.check_sizes()
     if run is not None:
@@ -173,7 +183,12 @@ def train(
     `samjax.terminal.Interrupted` when the user stops the run: its state is saved.
     """
     config = with_absolute_paths(config)
-    config.check_devices(jax.device_count())
+    devices = config.num_devices()
+    if devices < jax.device_count():
+        console.print(
+            f"{devices} of the {jax.device_count()} devices train: no more of them share "
+            f"batch_size {config.batch_size} in equal parts"
+        )
     on_first(lambda: check_out(config, out, resume))
 
     def finished() -> dict[str, Any] | None:
@@ -210,7 +225,7 @@ def train(
         if known_before.per_image.keys() != problem.titles.keys():  # an older samjax measured less
             known_before = None
     adapters = peft_lib.attach(spec, model, params, jax.random.key(config.seed))
-    base = place({"params": params, "peft": adapters}, make_mesh(config.fsdp))
+    base = place({"params": params, "peft": adapters}, config.mesh())
 
     def begin(stack: contextlib.ExitStack) -> None:
         with writing(out):

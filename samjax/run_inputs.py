@@ -46,9 +46,15 @@ def check_inputs(out: Path, inputs: dict[str, Any], config: Config) -> None:
 
 
 def trunk_of(out: Path) -> str | None:
-    """The point of the encoder from which a run trains, "" without features; None for no run."""
+    """The point of the encoder from which a run trains, "" without features; None for no run.
+
+    Without its record, a run that has begun counts as one without features, as those of an older
+    samjax are.
+    """
     file = out / _NAME
-    return _read_inputs(file).get("trunk", "") if file.is_file() else None
+    if file.is_file():
+        return _read_inputs(file).get("trunk", "")
+    return "" if (out / "checkpoints").is_dir() else None
 
 
 def tell_other_images(

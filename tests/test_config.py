@@ -154,3 +154,32 @@ def test_settings_out_of_range(bad):
 def test_optimizer_settings_out_of_range(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         OptimizerConfig(**bad)
+
+
+@pytest.mark.parametrize(
+    ("settings", "taken"),
+    [
+        ({"batch_size": 16}, 8),
+        ({"batch_size": 4}, 4),
+        ({"batch_size": 1}, 1),
+        ({"batch_size": 12}, 6),
+        ({"batch_size": 12, "fsdp": 4}, 4),
+        ({"batch_size": 16, "accumulate": 8}, 2),
+    ],
+)
+def test_a_run_takes_the_devices_that_share_its_batches(settings, taken, monkeypatch):
+    monkeypatch.setattr("jax.device_count", lambda: 8)
+    assert Config(**settings).num_devices() == taken
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"fsdp": 3, "batch_size": 6}, "fsdp 3 does not divide the 8 devices"),
+        ({"fsdp": 4, "batch_size": 2}, "choose a multiple of 4"),
+    ],
+)
+def test_devices_that_cannot_share(settings, says, monkeypatch):
+    monkeypatch.setattr("jax.device_count", lambda: 8)
+    with pytest.raises(ValueError, match=says):
+        Config(**settings).num_devices()

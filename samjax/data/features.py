@@ -22,6 +22,7 @@ import importlib
 import json
 import math
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ CONTENTS = "contents.json"
 _LEAST_IN_SHARD, _MOST_SHARDS = 16, 256
 # What array_record adds, rounded up: a share of the records, and bytes of padding for each shard.
 _OVERHEAD, _PADDING = 1.02, 2**17
+# Seconds after which nobody writes to a temporary file any more.
+_ABANDONED = 3600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +146,11 @@ class FeatureStore:
             if not try_lock(lock.fileno()):
                 console.print(f"another process computes {self.folder}; waiting for it")
                 wait_lock(lock.fileno())
-            for leftover in self.folder.glob(".*.tmp"):  # of a process that was killed
-                leftover.unlink()
+            for leftover in self.folder.glob(".*.tmp"):
+                # Of a process that was killed; where locks do nothing, one may be at work.
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - leftover.stat().st_mtime > _ABANDONED:
+                        leftover.unlink()
             if not self._is_ours():
                 for file in self.folder.glob("*.array_record"):
                     file.unlink()

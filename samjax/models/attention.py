@@ -86,7 +86,7 @@ def attend_map(
         queries, keys, values = (_tokens(t) for t in (q, k, v))
         bias = bias.reshape(*queries.shape[:3], -1)
         return attend(queries, keys, values, bias).reshape(q.shape)
-    if kind != "chunked" and fits(kind, height * width):
+    if kind != "chunked" and fits(kind, height * width, q.shape[-1] + height + width):
         queries, keys = fold_positions(q, k, *_biases(q, table_h, table_w))
         return flash(kind, queries, keys, _tokens(v)).reshape(q.shape)
     # Where a batch is spread over devices, a chunk is of what each of them has.

@@ -83,9 +83,15 @@ def computes(kind: str, dtype: str, platform: str) -> bool:
     return True
 
 
-def fits(kind: FlashKind, tokens: int) -> bool:
-    """Whether the kernel takes maps of so many tokens; windows of 14 x 14 do not fill a TPU's."""
-    return kind == "cudnn" or tokens % _LANES == 0
+def fits(kind: FlashKind, tokens: int, width: int) -> bool:
+    """Whether the kernel takes maps of so many tokens and folded heads of so many numbers.
+
+    Windows of 14 x 14 do not fill a TPU's; cuDNN's has heads of 256, before Hopper of 128.
+    """
+    if kind == "splash":
+        return tokens % _LANES == 0
+    capability = getattr(jax.devices()[0], "compute_capability", "0")
+    return width <= (256 if float(capability) >= 9 else 128)
 
 
 def _cudnn(q: Array, k: Array, v: Array) -> Array:

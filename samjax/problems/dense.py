@@ -24,7 +24,7 @@ from samjax.hosts import any_process, gather
 from samjax.models import MSam, Sam
 from samjax.models.msam import msam_params
 from samjax.tasks import Task
-from samjax.training.sharding import BatchLayout, make_mesh
+from samjax.training.sharding import BatchLayout
 from samjax.training.task_objective import TaskObjective
 from samjax.viz import gallery
 from samjax.viz_tasks import picture_of, predicted, range_of
@@ -123,7 +123,7 @@ class DenseTasks:
         return found
 
     def _eval_layout(self) -> BatchLayout:
-        return BatchLayout.for_at_least(self.config.eval_batch_size, make_mesh(self.config.fsdp))
+        return BatchLayout.for_at_least(self.config.eval_batch_size, self.config.mesh())
 
     def _eval_batches(self, model: Sam, source: DenseSource, layout: BatchLayout) -> Any:
         return dense_eval_batches(

@@ -20,7 +20,7 @@ from samjax.evaluation.metrics import TITLES
 from samjax.hosts import gather
 from samjax.models import Sam
 from samjax.training.objective import MaskObjective
-from samjax.training.sharding import BatchLayout, make_mesh
+from samjax.training.sharding import BatchLayout
 from samjax.viz import TRUTH_COLOR, gallery, overlay
 
 
@@ -114,7 +114,7 @@ class Masks:
         )
 
     def _eval_layout(self) -> BatchLayout:
-        return BatchLayout.for_at_least(self.config.eval_batch_size, make_mesh(self.config.fsdp))
+        return BatchLayout.for_at_least(self.config.eval_batch_size, self.config.mesh())
 
     def _eval_batches(self, model: Sam, source: Source, layout: BatchLayout) -> Any:
         return eval_batches(

@@ -90,7 +90,7 @@ def fit(
     refuses, and RuntimeError where memory runs out.
     """
     steps = config.num_steps(len(source))
-    layout = BatchLayout(make_mesh(config.fsdp), config.batch_size)
+    layout = BatchLayout(config.mesh(), config.batch_size)
     begins_at = trunk.point if trunk else ""
     trainer = prepare(config, model, spec, base, steps, layout.mesh, begins_at)
     state, frozen = trainer.state, trainer.frozen

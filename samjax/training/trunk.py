@@ -56,7 +56,8 @@ class Trunk:
         be read.
         """
         store, done = self.store, 0
-        before = params_before(model, params, self.point)
+        # On a device once, not with every batch.
+        before = jax.device_put(params_before(model, params, self.point))
         try:
             with store.locked(console), progress_bar(console) as bar:
                 shards = store.missing()
@@ -137,10 +138,12 @@ def plan_trunk(
         free = trunk.store.free_bytes() if missing else 0
         # Without being asked, at most half of what is free.
         if need > (free if asked else free // 2):
+            # A run that has begun with features goes on with them.
+            other = "" if known else ", or set cache_features to off"
             raise OSError(
                 f"the features of {trunk.store.count} images take {decimal(need)} in "
                 f"{trunk.store.folder}, where {decimal(free)} are free: free some, set "
-                "SAMJAX_CACHE to a folder elsewhere, or set cache_features to off"
+                f"SAMJAX_CACHE to a folder elsewhere{other}"
             )
     except (OSError, RuntimeError) as error:
         if asked:

@@ -20,7 +20,8 @@ class Plan:
 
     The training and the evaluation step are compiled and not run: for the devices at hand, or for
     TPUs that are not there (which takes the extra `plan`). A batch that is not given is one image a
-    device.
+    device. The step is the one that begins with images, even where a run would train from cached
+    features.
 
     Example: samjax plan experiments/kvasir_lora.py --topology v5e:4x4 --model vit_b --image-size 1024
     """  # noqa: E501

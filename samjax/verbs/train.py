@@ -49,7 +49,7 @@ def run(argv: list[str], console: Console) -> Outcome:
     if not is_first():
         console = Console(quiet=True)
     # Before `prepare`, which may download.
-    args.config.check_devices(jax.device_count())
+    args.config.num_devices()
     on_first(lambda: check_out(args.config, args.out, args.resume))
     in_turn(lambda: experiment.prepare(args.config, console))
     try:

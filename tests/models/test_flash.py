@@ -1,5 +1,7 @@
 """Flash attention: what is around the kernels, on a CPU. test_layers.py has the TPU's, emulated."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,8 +41,13 @@ def test_cudnn_gets_heads_of_one_width(monkeypatch):
     np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-5)
 
 
-def test_windows_do_not_fill_a_tpus_kernel():
-    assert fits("splash", 64 * 64) and not fits("splash", 14 * 14) and fits("cudnn", 14 * 14)
+def test_what_fits_a_kernel(monkeypatch):
+    assert fits("splash", 64 * 64, 192) and not fits("splash", 14 * 14, 92)
+    gpu = types.SimpleNamespace(compute_capability="8.0")
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    assert fits("cudnn", 14 * 14, 92) and not fits("cudnn", 64 * 64, 192)
+    gpu.compute_capability = "9.0"
+    assert fits("cudnn", 64 * 64, 192) and not fits("cudnn", 128 * 128, 320)
 
 
 @pytest.mark.parametrize(
