@@ -63,36 +63,79 @@ def batch(size: int) -> dict:
     }
 
 
-@pytest.fixture
-def trained(small_model, small_params):
-    """`trained(method, mesh)` are the losses of three steps, the state after them, the program."""
+@pytest.fixture(scope="module")
+def setting(small_model, small_params):
+    """`setting(method)` are its model, its spec and its variables.
 
-    def train(method: str, mesh):
+    All that trains is moved. At first the rows of a dense task are alike, and so are its channels:
+    a direction's gradient is then so steep where they cross zero that a change of the weights by
+    1e-7 moves it by a hundredth, on one device as well.
+    """
+
+    def build(method: str):
         config, model, params = CONFIGS[method], small_model, small_params
         if config.tasks:
             model = MSam(model.config, tasks=parse(config.tasks))
             params = msam_params(params, model)
-        spec = config.spec()
+        spec, rng = config.spec(), np.random.default_rng(5)
         base = {"params": params, "peft": peft.attach(spec, model, params, jax.random.key(0))}
+
+        def move(leaf, trains):
+            noise = 0.05 * rng.normal(size=leaf.shape).astype(np.float32)
+            return np.asarray(leaf) + noise if trains else np.asarray(leaf)
+
+        return model, spec, jax.tree.map(move, base, peft.trainable(spec, model, base))
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def trained(setting):
+    """`trained(method, mesh)`: losses of three steps, Adam's first moments after the first, what
+    trains before and after them, and the program.
+    """
+    known = {}
+
+    def train(method: str, mesh):
+        if (method, mesh) in known:
+            return known[method, mesh]
+        config, (model, spec, base) = CONFIGS[method], setting(method)
         layout = BatchLayout(mesh, config.batch_size)
         trainer = prepare(config, model, spec, base, 8, mesh)
-        state, losses = trainer.state, []
+        state = trainer.state
+        states, losses = [jax.device_get(state)], []
         inputs = layout.place(batch(config.batch_size))
         step = trainer.step(trainer.spans[0].stage).lower(state, trainer.frozen, inputs).compile()
         for _ in range(3):
             state, logs = step(state, trainer.frozen, inputs)
             losses.append(float(logs["loss"]))
-        return losses, state, step
+            states.append(jax.device_get(state))
+        moments = [
+            leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(states[1].opt_state)
+            if "mu" in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        ]
+        first, last = (jax.tree.leaves(s.train) for s in (states[0], states[-1]))
+        result = losses, moments, first, last, step
+        if mesh.size == 1:  # which each mesh is compared with
+            known[method, mesh] = result
+        return result
 
     return train
 
 
+def distance(some, others) -> float:
+    """Of all leaves together."""
+    pairs = zip(some, others, strict=True)
+    return sum(np.sum(np.square(a - b, dtype=np.float64)) for a, b in pairs) ** 0.5
+
+
 def gathers(step) -> list[tuple[str, np.ndarray]]:
-    """What each all-gather of a program is called, and its groups of devices, a row each."""
+    """What XLA says of each all-gather of a program, and its groups of devices, a row each."""
     found = []
     for line in step.as_text().splitlines():
         if re.search(r" all-gather(-start)?\(", line):
-            found.append((line.split("=")[0].strip(), groups_of(line)))
+            found.append((line.strip(), groups_of(line)))
     return found
 
 
@@ -126,21 +169,27 @@ def test_eight_devices_train_as_one(trained, method, shape):
     if jax.device_count() == 1:
         pytest.skip("run by test_on_eight_devices")
     fsdp = MESHES[shape]
-    losses, expected, _ = trained(method, make_mesh(devices=jax.devices()[:1]))
-    found, state, step = trained(method, make_mesh(fsdp))
-    np.testing.assert_allclose(found, losses, rtol=1e-5)
-    # All parameters together: Adam makes steps of a gradient that is zero but for its rounding.
-    ours, theirs = (jax.device_get(jax.tree.leaves(s.train)) for s in (state, expected))
-    difference, size = (
-        np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in leaves))
-        for leaves in ([a - b for a, b in zip(ours, theirs, strict=True)], theirs)
-    )
-    assert difference < 1e-5 * size
-    # Split weights come together along fsdp; along data, nothing is ever gathered.
+    losses, moments, first, last, _ = trained(method, make_mesh(devices=jax.devices()[:1]))
+    ours, our_moments, our_first, our_last, step = trained(method, make_mesh(fsdp))
+    np.testing.assert_allclose(ours, losses, rtol=1e-5)
+    assert distance(first, our_first) == 0
+    # The first gradient; then parameters, where Adam makes more of it: the step of a gradient that
+    # is zero but for its rounding is as long as any.
+    assert distance(moments, our_moments) < 2e-5 * distance(moments, [np.zeros(1)] * len(moments))
+    assert distance(last, our_last) < 1e-2 * distance(first, last)
+    # Split weights come together along fsdp; along data, nothing is gathered.
     everything = gathers(step)
-    assert bool(everything) == (fsdp > 1)
-    for what, groups in everything:
-        assert (groups // fsdp == groups[:, :1] // fsdp).all(), f"{what} gathers over data"
+    over_data = [
+        what for what, groups in everything if not (groups // fsdp == groups[:, :1] // fsdp).all()
+    ]
+    if method == "ta_lora":
+        # But for what enters the neck's 3 x 3 convolution, and its gradient: `vmap` over the tasks
+        # joins them with the images to one axis, tasks first, which no sharding can describe.
+        neck = [what for what in over_data if "/neck_2/" in what]
+        assert len(neck) == 2
+        over_data = [what for what in over_data if what not in neck]
+    assert not over_data
+    assert fsdp == 1 or any(groups.shape[1] == fsdp for _, groups in everything)
 
 
 def on_eight_devices(select: str) -> None:
