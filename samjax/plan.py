@@ -26,6 +26,7 @@ from samjax.plan_inputs import (
 )
 from samjax.topology import topology_devices
 from samjax.traffic import LargeArray, largest_arrays, traffic
+from samjax.training.loop import Trainer
 from samjax.training.loop import plan as plan_steps
 from samjax.training.memory import ADVICE, available_bytes, gigabytes
 from samjax.training.sharding import make_mesh, with_shardings
@@ -170,14 +171,18 @@ def largest_that(fits: Callable[[int], bool]) -> int:
 
 def _training(config: Config, model: Sam, base: Any, mesh: Mesh) -> ProgramPlan:
     """Of several stages the one in which most trains."""
-    trainer, _ = plan_steps(config, model, config.spec(), base, config.steps or 1000, mesh)
+
+    def trainer_of(model: Sam) -> Trainer:
+        return plan_steps(config, model, config.spec(), base, config.steps or 1000, mesh)[0]
+
+    trainer = trainer_of(model)
     stage = max((span.stage for span in trainer.spans), key=lambda stage: len(stage.groups))
     state, frozen, batch = trainer.state, trainer.frozen, batch_shapes(config, model, mesh)
 
-    def trace(model: Sam) -> Any:
-        trainer, _ = plan_steps(config, model, config.spec(), base, config.steps or 1000, mesh)
+    def trace(own: Sam) -> Any:
+        steps = trainer if own is model else trainer_of(own)
         with jax.set_mesh(mesh):
-            return trainer.step(stage).trace(state, frozen, batch)
+            return steps.step(stage).trace(state, frozen, batch)
 
     traced, flops = _with_flops(trace, model, mesh)
     parts = frozen, state.train, state.opt_state, batch
