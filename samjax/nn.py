@@ -140,6 +140,22 @@ def record_sites() -> Iterator[list[SiteInfo]]:
         _visits.reset(token)
 
 
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """For a second call of sites, which asks what they make of something else than the input."""
+    token = _visits.set(None)
+    try:
+        yield
+    finally:
+        _visits.reset(token)
+
+
+def act_by_token(module: nn.Module, *layers: str) -> bool:
+    """Whether what adapts these layers of a module, if anything, looks at each token alone."""
+    found = (module.get_variable("peft", layer, {}).get("delta") for layer in layers)
+    return all(delta is None or delta.by_token for delta in found)
+
+
 def _call_site(module: nn.Module, site: Site, x: Array, ctx: Context) -> Array:
     visits = _visits.get()
     if visits is not None:

@@ -20,6 +20,7 @@ from samjax.nn import (
     LayerNorm,
     Remat,
     Segments,
+    act_by_token,
     call_branch,
     rematerialized,
 )
@@ -40,9 +41,13 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention over a token map with decomposed relative positions."""
+    """Multi-head attention over a token map with decomposed relative positions.
+
+    `window_size` 0 means global attention.
+    """
 
     num_heads: int
+    window_size: int
     # (rows, columns) of the token map for which the relative-position tables were made.
     table_grid: tuple[int, int]
     kind: AttentionKind = "chunked"
@@ -51,18 +56,27 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], ctx: Context) -> Float[Array, "b h w c"]:
         """(b, h, w, c) -> (b, h, w, c)."""
-        batch, height, width, dim = x.shape
+        dim = x.shape[-1]
         rel_pos_h, rel_pos_w = (
             self.param(name, nn.initializers.zeros, (2 * size - 1, dim // self.num_heads))
             for name, size in zip(("rel_pos_h", "rel_pos_w"), self.table_grid, strict=True)
         )
         segments = Segments(("q", "k", "v"), "thirds", self.num_heads)
-        qkv = Dense(3 * dim, dtype=self.dtype, segments=segments, name="qkv")(x, ctx)
-        qkv = qkv.reshape(batch, height, width, 3, self.num_heads, -1)
-        q, k, v = jnp.moveaxis(qkv, (3, 4), (0, 2))
-        out = attend_map(q, k, v, rel_pos_h, rel_pos_w, self.kind)
-        out = jnp.moveaxis(out, 1, 3).reshape(batch, height, width, dim)
-        return Dense(dim, dtype=self.dtype, name="proj")(out, ctx)
+        qkv = Dense(3 * dim, dtype=self.dtype, segments=segments, name="qkv")
+        proj = Dense(dim, dtype=self.dtype, name="proj")
+
+        def attend(qkv: Array) -> Array:
+            qkv = qkv.reshape(*qkv.shape[:3], 3, self.num_heads, -1)
+            q, k, v = jnp.moveaxis(qkv, (3, 4), (0, 2))
+            out = attend_map(q, k, v, rel_pos_h, rel_pos_w, self.kind)
+            return jnp.moveaxis(out, 1, 3).reshape(*qkv.shape[:3], dim)
+
+        if not self.window_size:
+            return proj(attend(qkv(x, ctx)), ctx)
+        # Padding comes after the norm: padded tokens take part in attention, as in SAM.
+        by_token = act_by_token(self, "qkv", "proj")
+        layers = lambda x: qkv(x, ctx), attend, lambda x: proj(x, ctx)
+        return windows.within(x, self.window_size, *layers, by_token)
 
 
 class Block(nn.Module):
@@ -76,10 +90,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], ctx: Context) -> Float[Array, "b h w c"]:
         """(b, h, w, c) -> (b, h, w, c)."""
-        batch, height, width, dim = x.shape
+        dim = x.shape[-1]
         window = (self.window_size, self.window_size)
         attn = Attention(
             num_heads=self.config.num_heads,
+            window_size=self.window_size,
             table_grid=window if self.window_size else self.config.position_grid,
             kind=self.attention,
             dtype=self.dtype,
@@ -88,15 +103,7 @@ class Block(nn.Module):
         norm1, norm2 = (LayerNorm(dtype=self.dtype, name=name) for name in ("norm1", "norm2"))
         mlp = Mlp(4 * dim, dtype=self.dtype, name="mlp")
 
-        def attend(x: Array) -> Array:
-            y = norm1(x, ctx)
-            if not self.window_size:
-                return attn(y, ctx)
-            # Padding comes after the norm: padded tokens take part in attention, as in SAM.
-            y = attn(windows.partition(y, self.window_size), ctx)
-            return windows.unpartition(y, batch, height, width)
-
-        x = x + call_branch(attn, attend, x, ctx)
+        x = x + call_branch(attn, lambda x: attn(norm1(x, ctx), ctx), x, ctx)
         return x + call_branch(mlp, lambda x: mlp(norm2(x, ctx), ctx), x, ctx)
 
 

@@ -28,6 +28,7 @@ from samjax.nn import (
     LayerNorm,
     Remat,
     Segments,
+    act_by_token,
     call_branch,
     rematerialized,
 )
@@ -100,26 +101,34 @@ class PatchMerging(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention within one window, with a learnt bias per head and absolute offset."""
+    """Attention within windows, with a learnt bias per head and absolute offset."""
 
     num_heads: int
+    window_size: int
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n s s c"], ctx: Context) -> Float[Array, "n s s c"]:
-        """(windows, s, s, c) -> (windows, s, s, c)."""
-        size, dim = x.shape[1], x.shape[3]
+    def __call__(self, x: Float[Array, "b h w c"], ctx: Context) -> Float[Array, "b h w c"]:
+        """(b, h, w, c) -> (b, h, w, c)."""
+        size, dim = self.window_size, x.shape[-1]
         biases = self.param(
             "attention_biases", nn.initializers.zeros, (self.num_heads, size * size)
         )
-        x = LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x, ctx)
+        norm = LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")
         segments = Segments(("q", "k", "v"), "heads", self.num_heads)
-        qkv = Dense(3 * dim, dtype=self.dtype, segments=segments, name="qkv")(x, ctx)
-        qkv = qkv.reshape(x.shape[0], size * size, self.num_heads, 3, -1)
-        q, k, v = jnp.moveaxis(qkv, (3, 2), (0, 2))
-        out = attend(q, k, v, biases[:, offset_indices(size)])
-        out = jnp.moveaxis(out, 1, 2).reshape(x.shape)
-        return Dense(dim, dtype=self.dtype, name="proj")(out, ctx)
+        qkv = Dense(3 * dim, dtype=self.dtype, segments=segments, name="qkv")
+        proj = Dense(dim, dtype=self.dtype, name="proj")
+
+        def attend_windows(qkv: Array) -> Array:
+            qkv = qkv.reshape(-1, size * size, self.num_heads, 3, dim // self.num_heads)
+            q, k, v = jnp.moveaxis(qkv, (3, 2), (0, 2))
+            out = attend(q, k, v, biases[:, offset_indices(size)])
+            return jnp.moveaxis(out, 1, 2).reshape(-1, size, size, dim)
+
+        # Zeros are normalised inside the attention: padded tokens become the norm's bias.
+        by_token = act_by_token(self, "qkv", "proj")
+        layers = lambda x: qkv(norm(x, ctx), ctx), attend_windows, lambda x: proj(x, ctx)
+        return windows.within(x, size, *layers, by_token)
 
 
 def offset_indices(size: int) -> np.ndarray:
@@ -156,16 +165,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], ctx: Context) -> Float[Array, "b h w c"]:
         """(b, h, w, c) -> (b, h, w, c)."""
-        batch, height, width, dim = x.shape
-        attn = Attention(self.num_heads, self.dtype, name="attn")
+        dim = x.shape[-1]
+        attn = Attention(self.num_heads, self.window_size, self.dtype, name="attn")
         mlp = Mlp(self.dtype, name="mlp")
-
-        def attend(x: Array) -> Array:
-            # Zeros are normalised inside the attention: padded tokens become the norm's bias.
-            y = attn(windows.partition(x, self.window_size), ctx)
-            return windows.unpartition(y, batch, height, width)
-
-        x = x + call_branch(attn, attend, x, ctx)
+        x = x + call_branch(attn, lambda x: attn(x, ctx), x, ctx)
         x = ConvBN(dim, 3, depthwise=True, dtype=self.dtype, name="local_conv")(x, ctx)
         return x + call_branch(mlp, lambda x: mlp(x, ctx), x, ctx)
 

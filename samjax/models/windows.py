@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from samjax.nn import unrecorded
 
-def partition(x: Float[Array, "b h w c"], size: int) -> Float[Array, "n s s c"]:
-    """Cuts a map into (b * windows, size, size, c); zeros fill what the map lacks."""
+
+def partition(x: Float[Array, "b h w c"], size: int, fill: Any = None) -> Float[Array, "n s s c"]:
+    """Cuts a map into (b * windows, size, size, c); it lacks `fill` (c,), or zeros."""
     batch, height, width, channels = x.shape
     x = jnp.pad(x, ((0, 0), (0, -height % size), (0, -width % size), (0, 0)))
     rows, columns = x.shape[1] // size, x.shape[2] // size
+    if fill is not None:
+        lacks = np.ones(x.shape[1:3], bool)
+        lacks[:height, :width] = False
+        x = x + fill * lacks[..., None].astype(x.dtype)
     x = x.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
     return x.reshape(-1, size, size, channels)
 
@@ -23,3 +33,28 @@ def unpartition(
     rows, columns = -(-height // size), -(-width // size)
     x = windows.reshape(batch, rows, columns, size, size, channels).swapaxes(2, 3)
     return x.reshape(batch, rows * size, columns * size, channels)[:, :height, :width]
+
+
+def within(
+    x: Float[Array, "b h w c"],
+    size: int,
+    before: Callable[[Array], Array],
+    attend: Callable[[Array], Array],
+    after: Callable[[Array], Array],
+    by_token: bool,
+) -> Float[Array, "b h w d"]:
+    """`after(attend(before(x)))` within windows; tokens of padding take part, and `before` is
+    given zeros for them.
+
+    `by_token` says that `before` and `after` look at each token alone. They are then spared the
+    padding, but for the one token that tells what `before` makes of it.
+    """
+    batch, height, width, channels = x.shape
+    if not by_token:
+        windows = after(attend(before(partition(x, size))))
+        return unpartition(windows, batch, height, width)
+    y, fill = before(x), None
+    if height % size or width % size:
+        with unrecorded():
+            fill = before(jnp.zeros((1, 1, 1, channels), x.dtype))[0, 0, 0]
+    return after(unpartition(attend(partition(y, size, fill)), batch, height, width))

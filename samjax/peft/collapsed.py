@@ -6,7 +6,7 @@ y = site(x) + scale * conv(x A) B
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,8 @@ class CollapsedDelta(Additive):
 
     It sees the first c channels of x A, and the others pass it by.
     """
+
+    by_token: ClassVar[bool] = False
 
     a: Any = field()  # (in, rank)
     kernel: Any = field()  # (k, k, c, c)

@@ -41,6 +41,16 @@ class StackDelta(Additive):
 
     deltas: Any = field()
 
+    @property
+    def by_token(self) -> bool:  # pyrefly: ignore[bad-override]
+        """Whether all do."""
+        return all(delta.by_token for delta in self.deltas)
+
+    @property
+    def reads_kernel(self) -> bool:  # pyrefly: ignore[bad-override]
+        """Whether one of them does."""
+        return any(delta.reads_kernel for delta in self.deltas)
+
     def update(self, site: Site, x: Array, ctx: Context) -> Array:
         """The sum of the updates; each has random numbers of its own."""
         parts = (delta.update(site, x, _nth_context(ctx, i)) for i, delta in enumerate(self.deltas))

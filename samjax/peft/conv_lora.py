@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,8 @@ _LEAST_NOISE = 1e-2
 @struct.dataclass
 class ConvLoRADelta(Additive):
     """y = site(x) + scale * (z + E_i(z)) B with z = x A, for each adapted segment of the output."""
+
+    by_token: ClassVar[bool] = False
 
     a: Any = field()  # (in, rank)
     b: Any = field()  # (segments, rank, out of one segment)

@@ -40,6 +40,8 @@ class DoRADelta(Delta):
         "added to another; merge it, and adapt the merged weights"
     )
 
+    reads_kernel: ClassVar[bool] = True
+
     lora: Any = field()  # LoRADelta
     magnitude: Any = field(decay=False)  # (segments, out of one segment)
     # ||W||, kept so that the gain of a new record is exactly 1; W therefore never trains.

@@ -30,7 +30,7 @@ reconstruction.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,8 @@ class NASLoRADelta(Additive):
 
     `edges` names the operators of each edge; `alpha` and `cell` have an entry for each.
     """
+
+    by_token: ClassVar[bool] = False
 
     a: Any = field()  # (in, rank)
     b: Any = field()  # (segments, rank, out of one segment)

@@ -24,6 +24,16 @@ class PerTaskDelta(Delta):
 
     tasks: Any = field()  # one record whose arrays have a leading axis, an entry a task
 
+    @property
+    def by_token(self) -> bool:  # pyrefly: ignore[bad-override]
+        """As the record of each task."""
+        return self.tasks.by_token
+
+    @property
+    def reads_kernel(self) -> bool:  # pyrefly: ignore[bad-override]
+        """As the record of each task."""
+        return self.tasks.reads_kernel
+
     def of(self, task: Any) -> Any:
         """The record of one task, whose index may be traced. Raises ValueError for None."""
         if task is None:

@@ -35,6 +35,8 @@ TRAINED = ("coefficients", "bases", "both")
 class SAMParserDelta(Additive):
     """y = site(x) whose kernel is W + U diag(shift) V^T, of the singular vectors of W."""
 
+    reads_kernel: ClassVar[bool] = True
+
     shift: Any = field()  # (rank,)
     u: Any = field(DERIVED)  # (out, rank)
     v: Any = field(DERIVED)  # (in, rank); of a convolution (k * k * in, rank)
