@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from samjax.allocator import keep_freed_memory
 from samjax.arguments import parse
 from samjax.bench.rounds import check_rounds
 from samjax.models import SamConfig, VitConfig
@@ -55,6 +56,7 @@ def run(
     table: Callable[[dict[str, Any]], str],
 ) -> int:
     """Reads the arguments, measures and prints; returns the exit code."""
+    keep_freed_memory()  # as `samjax` does
     jax.config.update("jax_platforms", "cpu")  # in this process; `started` tells the others
     try:
         args = parse(cls, argv, prog, None, None)

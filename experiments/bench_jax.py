@@ -19,6 +19,7 @@ from bench_models import (  # pyrefly: ignore[missing-import]
     vit_of,
 )
 
+from samjax.allocator import keep_freed_memory
 from samjax.bench.programs import Program, product
 from samjax.bench.steps import compiled_steps, training_config
 from samjax.models import Prompts, Sam, SamConfig
@@ -31,6 +32,7 @@ SCENIC_MODELING = "scenic.projects.baselines.segment_anything.modeling"
 
 def samjax_encoder(setup: Setup) -> Model:
     """This library, as its predictor calls it."""
+    keep_freed_memory()  # as its command line does
     config, tensors = setup.load()
     model = Sam(config, dtype=jnp.dtype(setup.dtype))
     params = jax.device_put(to_params(tensors, config))
@@ -145,6 +147,7 @@ def _encoder(
 
 def samjax_training(setup: Setup) -> Model:
     """This library's steps, as `samjax bench methods` times them."""
+    keep_freed_memory()  # as its command line does
     config, tensors = setup.load()
     configs = {text: training_config(text, setup.batch_size) for text in setup.methods}
     model = Sam(config, dtype=jnp.dtype(setup.dtype))

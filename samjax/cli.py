@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from samjax.allocator import keep_freed_memory
 from samjax.download import cache_dir
 from samjax.terminal import Interrupted, error_console, notices_on
 
@@ -89,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(
             f"unknown verb {verb!r}; the nearest is {nearest}, and samjax has {', '.join(_VERBS)}"
         )
+    keep_freed_memory()
     # Read when JAX starts. What one command compiled, the next reads back; where that cannot be
     # kept, it is compiled again, and nobody needs to know.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")

@@ -50,13 +50,16 @@ def model_of(config: Config) -> Sam:
 
 
 def base_shapes(config: Config, model: Sam) -> dict[str, Any]:
-    """The shapes of {"params", "peft"}; nothing is allocated."""
-    params, spec = model.init_params_shapes(), config.spec()
+    """The shapes of {"params", "peft"} as a run keeps them; nothing is allocated."""
+    spec = config.spec()
 
-    def attach(params: Any) -> Any:
-        return peft_lib.attach(spec, model, params, jax.random.key(0))
+    def base(params: Any) -> Any:
+        adapters = peft_lib.attach(spec, model, params, jax.random.key(0))
+        variables = {"params": params, "peft": adapters}
+        trains = peft_lib.trainable(spec, model, variables)
+        return peft_lib.as_computed(variables, model.dtype, trains)
 
-    return {"params": params, "peft": jax.eval_shape(attach, params)}
+    return jax.eval_shape(base, model.init_params_shapes())
 
 
 def batch_shapes(config: Config, model: Sam, mesh: Mesh) -> dict[str, Any]:

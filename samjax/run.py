@@ -24,6 +24,7 @@ import jax
 from rich.console import Console
 
 from samjax import peft as peft_lib
+from samjax.allocator import release_freed_memory
 from samjax.catalog import is_name
 from samjax.config import Config, read_run_config
 from samjax.data.sources import Dataset, is_tfds
@@ -112,7 +113,9 @@ def _evaluate_with_bar(
         def advance(count: int) -> None:
             bar.update(task, advance=count, note="")
 
-        return problem_of(config).evaluate(model, variables, source, advance)
+        found = problem_of(config).evaluate(model, variables, source, advance)
+    release_freed_memory()
+    return found
 
 
 def finished_run_config(run: Path, **changes: str | None) -> Config:
@@ -165,6 +168,7 @@ def _evaluate(
 
         tell_other_images(run, config.data, split, source, open_train, console)
     model, variables = open_model(config, adapter)
+    variables = peft_lib.as_computed(variables, model.dtype)
     return _evaluate_with_bar(config, model, variables, source, console, f"evaluating {split}")
 
 
@@ -225,7 +229,9 @@ def train(
         if known_before.per_image.keys() != problem.titles.keys():  # an older samjax measured less
             known_before = None
     adapters = peft_lib.attach(spec, model, params, jax.random.key(config.seed))
-    base = place({"params": params, "peft": adapters}, config.mesh())
+    base = {"params": params, "peft": adapters}
+    trains = peft_lib.trainable(spec, model, base)
+    base = place(peft_lib.as_computed(base, model.dtype, trains), config.mesh())
 
     def begin(stack: contextlib.ExitStack) -> None:
         with writing(out):

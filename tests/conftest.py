@@ -1,10 +1,13 @@
 """What several tests share: optional assets, and the original SAM in torch."""
 
+import contextlib
 import dataclasses
 import os
+import resource
 import sys
 import tempfile
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -13,6 +16,7 @@ import pytest
 from PIL import Image
 
 from samjax import peft
+from samjax.allocator import release_freed_memory
 from samjax.models import MSam, Sam, SamConfig, TinyVitConfig, VitConfig
 from samjax.models.msam import msam_params
 from samjax.peft import MethodConfig
@@ -58,6 +62,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """Forgets the programs of a group that is done: all of them together are many gigabytes."""
     if nextitem is None or _group(nextitem) != _group(item):
         jax.clear_caches()
+        release_freed_memory()
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +76,25 @@ def asset():
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def files_end_at():
+    """`with files_end_at(size)` is as on a disk that is full: no file becomes longer.
+
+    For a moment only: pytest's own output may be a file too.
+    """
+
+    @contextlib.contextmanager
+    def limited(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 import subprocess
 import sys
 
@@ -43,15 +42,11 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk(name, tmp_path):
+def test_a_full_disk(name, tmp_path, files_end_at):
     path = tmp_path / name
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    try:
-        with pytest.raises(OSError, match=rf"{name} cannot be written \(File too large\): free"):
-            WRITERS[name](path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    message = rf"{name} cannot be written \(File too large\): free"
+    with pytest.raises(OSError, match=message), files_end_at(2000):
+        WRITERS[name](path)
     assert not list(tmp_path.iterdir())
     WRITERS[name](path)
     assert [file.name for file in tmp_path.iterdir()] == [name]

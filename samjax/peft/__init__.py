@@ -21,6 +21,7 @@ from samjax.peft.sam_parser import SAMParser
 from samjax.peft.spec import Freeze, PeftSpec, Rule, Train
 from samjax.peft.ssf import SSF
 from samjax.peft.trees import (
+    as_computed,
     attach,
     check_sites,
     combine,
@@ -59,6 +60,7 @@ __all__ = [
     "Train",
     "apply",
     "architecture",
+    "as_computed",
     "attach",
     "check_sites",
     "collapse",

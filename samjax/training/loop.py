@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from samjax import peft as peft_lib
+from samjax.allocator import release_freed_memory
 from samjax.config import Config
 from samjax.data.pipeline import batches_from
 from samjax.data.sources import Dataset
@@ -132,6 +133,7 @@ def fit(
                     step_function = trainer.step(span.stage)
                     with jax.set_mesh(layout.mesh):  # which kernels of attention ask for
                         compiled[kind] = _compile(console, step_function, state, frozen, inputs)
+                    release_freed_memory()  # the compiler's
                 train_step, needs = compiled[kind]
                 if is_first():
                     _note_memory(out / STEP_MEMORY, needs)
@@ -171,6 +173,7 @@ def fit(
                 if saves:
                     # States of earlier stages are not yet what the run is after.
                     checkpoints.save(state, metrics if span.stop == steps else None)
+                    release_freed_memory()  # what lies where a step's buffers were splits them
             if writes or begins:  # a stage's first step is mostly compilation
                 log.start_clock(step)
             # Else it came too late for a save: the next step's.

@@ -1,9 +1,7 @@
 """Features on disk: what tells images apart, whole shards from damaged ones, and who computes."""
 
-import contextlib
 import io
 import os
-import resource
 import threading
 import time
 
@@ -156,18 +154,7 @@ def test_an_interrupted_shard_leaves_nothing():
         assert sorted(file.name for file in store.folder.iterdir()) == [".lock", CONTENTS]
 
 
-@contextlib.contextmanager
-def files_end_at(size):
-    """As on a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_is_one_sentence():
+def test_a_full_disk_is_one_sentence(files_end_at):
     large = FeatureStore({"large": True}, 16, (100, 100, 4))
     with large.locked(SILENT):
         features = iter(np.ones((16, 100, 100, 4), ml_dtypes.bfloat16))

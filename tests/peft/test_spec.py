@@ -1,12 +1,27 @@
 """Rules, the trees they make, and the counts that papers publish."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from samjax import peft
 from samjax.models import MODELS, Sam
-from samjax.peft import RECIPES, DoRA, LoRA, MethodConfig, PeftSpec, Rule, SAMParser, Stack, Train
+from samjax.nn import Context
+from samjax.peft import (
+    RECIPES,
+    DoRA,
+    LoRA,
+    LoRAConv,
+    MethodConfig,
+    PeftSpec,
+    Rule,
+    SAMParser,
+    Stack,
+    Train,
+)
+from samjax.peft.per_task import PerTask
 from samjax.peft.resolve import resolve
 from samjax.peft.spec import Freeze
 from samjax.peft.trees import deltas
@@ -219,3 +234,36 @@ def test_a_spec_by_hand(data, match):
 def test_whole_numbers_serve_as_floats():
     (rule,) = PeftSpec.from_json([{"pattern": "x", "kind": "lora", "alpha": 8}]).rules
     assert rule.config == LoRA(alpha=8.0)
+
+
+@pytest.mark.parametrize(
+    "spec, reads",
+    [
+        (MethodConfig("lora").spec(), False),
+        (MethodConfig("nas_lora").spec(), False),
+        (MethodConfig("full").spec(), False),
+        (MethodConfig("dora").spec(), True),
+        (MethodConfig("sam_parser").spec(), True),
+        (PeftSpec((Rule("image_encoder/**/qkv", PerTask(DoRA(), 2)),)), True),
+        (PeftSpec((Rule("image_encoder/neck_*", Stack((SAMParser(), LoRAConv()))),)), True),
+    ],
+)
+def test_frozen_kernels_are_kept_as_they_are_computed_with(small_model, small_params, spec, reads):
+    records = peft.attach(spec, small_model, small_params, jax.random.key(0))
+    variables = {"params": jax.tree.map(jnp.asarray, small_params), "peft": records}
+    trains = peft.trainable(spec, small_model, variables)
+    kept = peft.as_computed(variables, jnp.bfloat16, trains)
+    trained = flatten_dict(trains["params"])
+    readers = deltas(records) if reads else ()  # deltas that compute with their layers' kernels
+    for path, leaf in flatten_dict(kept["params"]).items():
+        is_read = "/".join(path[:-1]) in readers
+        halved = path[-1] == "kernel" and not trained[path] and not is_read
+        assert leaf.dtype == (jnp.bfloat16 if halved else np.float32), path
+    model, ctx = small_model.clone(dtype=jnp.bfloat16), Context(task=1)
+    image = jnp.asarray(np.random.default_rng(0).integers(0, 256, (1, 128, 128, 3), np.uint8))
+    # Compiled as one, a CPU may skip the rounding of the kernels that the layers ask for.
+    ours, theirs = (
+        model.apply(v, image, jnp.array([[128, 128]]), method="encode", ctx=ctx)
+        for v in (kept, variables)
+    )
+    np.testing.assert_array_equal(ours, theirs)

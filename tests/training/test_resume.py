@@ -1,8 +1,6 @@
 """Ctrl-C, the log, checkpoints, and what a run refuses to go on with."""
 
-import contextlib
 import json
-import resource
 import shutil
 import signal
 import subprocess
@@ -113,18 +111,7 @@ def test_the_log_times_what_lies_between_its_clocks(tmp_path):
     assert log.seconds_per_step() == lines[0]["seconds_per_step"]
 
 
-@contextlib.contextmanager
-def files_end_at(size):
-    """As on a disk that is full. For a moment only: pytest's own output may be a file too."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_leaves_the_log_whole(tmp_path):
+def test_a_full_disk_leaves_the_log_whole(tmp_path, files_end_at):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, start=0)
     log.write(1, {"loss": 1.0})
@@ -135,7 +122,7 @@ def test_a_full_disk_leaves_the_log_whole(tmp_path):
     assert path.read_bytes() == whole
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, capfd):
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, capfd, files_end_at):
     checkpoints = Checkpoints(tmp_path / "c")
     checkpoints.save(make_state(1))
     big = make_state(2).replace(opt_state=(np.random.default_rng(0).random(10000),))
