@@ -110,8 +110,8 @@ def lost(error: Exception) -> RuntimeError:
     """What a failure of the runtime means where there are several processes, in one sentence."""
     return RuntimeError(
         f"process {jax.process_index()} of {jax.process_count()} cannot go on, most likely as "
-        f"another was lost ({_first_line(error)}): start all of them again, with --resume from the "
-        "last checkpoint"
+        f"another was lost ({_first_line(error)}): start all of them again; training goes on with "
+        "--resume from the last checkpoint"
     )
 
 

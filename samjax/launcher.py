@@ -54,8 +54,8 @@ def launch(verb: str, arguments: Sequence[str], heartbeat: int) -> int:
             f"{heartbeat} s, or its connection broke"
         )
     sys.stderr.write(
-        f"samjax: this process of the run ended by {how}; start all of them again, with --resume "
-        "from the last checkpoint\n"
+        f"samjax: this process of the run ended by {how}; start all of them again; training goes "
+        "on with --resume from the last checkpoint\n"
     )
     return 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -13,7 +13,12 @@ from rich.console import Console
 from samjax.arguments import Outcome, parse
 from samjax.config import Config
 from samjax.files import check_parent
+from samjax.hosts import Hosts, in_turn, on_first
 from samjax.verbs.experiment import open_experiment
+from samjax.verbs.processes import in_processes
+
+if TYPE_CHECKING:
+    from samjax.evaluation.evaluate import Evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,7 @@ class EvalRun:
     eval_SPLIT.csv), with the name of another adapter at its end."""
     json: bool = False
     """Print one JSON object, on one line, last on stdout."""
+    hosts: Annotated[Hosts, tyro.conf.arg(name="")] = Hosts()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,41 +61,56 @@ class EvalExperiment:
     """Where the metrics of each image go; left out, nowhere."""
     json: bool = False
     """Print one JSON object, on one line, last on stdout."""
+    hosts: Annotated[Hosts, tyro.conf.arg(name="")] = Hosts()
 
 
 def run(argv: list[str], console: Console) -> Outcome:
     """Reads the run or the experiment and the arguments, and runs the verb."""
-    from samjax.run import evaluate_run, evaluate_weights, finished_run_config
-
-    target = Path(argv[0]) if argv else Path()
-    if argv and target.is_dir():
-        args = parse(EvalRun, argv[1:], "samjax eval RUN", None, None)
-        config = finished_run_config(
-            target, eval_prompt=args.eval_prompt, weights=args.weights, data=args.data
+    if argv and Path(argv[0]).is_dir():
+        of_run = parse(EvalRun, argv[1:], "samjax eval RUN", None, None)
+        target = Path(argv[0])
+        return in_processes(
+            of_run.hosts, "eval", argv, console, lambda console: _eval_run(target, of_run, console)
         )
-        mark = f"_{args.adapter.stem}" if args.adapter else ""
-        prompt = "" if config.tasks else f"_{config.evaluation_prompt}"
-        csv = args.csv or target / f"eval_{args.split}{prompt}{mark}.csv"
-        _check_csv(csv)
-        result = evaluate_run(target, config, args.split, console, args.adapter)
-    else:
-        experiment = open_experiment(argv, "eval", inspect.getdoc(EvalRun) or "")
-        default = EvalExperiment(config=experiment.config)
-        prog = "samjax eval EXPERIMENT.py"
-        args = parse(EvalExperiment, argv[1:], prog, default, experiment.doc)
-        csv = args.csv
-        if csv is not None:
-            _check_csv(csv)
-        experiment.prepare(args.config, console)
+    experiment = open_experiment(argv, "eval", inspect.getdoc(EvalRun) or "")
+    default = EvalExperiment(config=experiment.config)
+    args = parse(EvalExperiment, argv[1:], "samjax eval EXPERIMENT.py", default, experiment.doc)
+
+    def work(console: Console) -> Outcome:
+        from samjax.run import evaluate_weights
+
+        on_first(lambda: _check_csv(args.csv))
+        in_turn(lambda: experiment.prepare(args.config, console))
         result = evaluate_weights(args.config, args.split, console)
+        return _outcome(result, args.csv), args.json
+
+    return in_processes(args.hosts, "eval", argv, console, work)
+
+
+def _eval_run(target: Path, args: EvalRun, console: Console) -> Outcome:
+    from samjax.run import evaluate_run, finished_run_config
+
+    config = finished_run_config(
+        target, eval_prompt=args.eval_prompt, weights=args.weights, data=args.data
+    )
+    mark = f"_{args.adapter.stem}" if args.adapter else ""
+    prompt = "" if config.tasks else f"_{config.evaluation_prompt}"
+    csv = args.csv or target / f"eval_{args.split}{prompt}{mark}.csv"
+    on_first(lambda: _check_csv(csv))
+    result = evaluate_run(target, config, args.split, console, args.adapter)
+    return _outcome(result, csv), args.json
+
+
+def _outcome(result: Evaluation, csv: Path | None) -> dict[str, Any]:
     if csv is not None:
-        result.write_csv(csv)
-    summary = {**result.mean, "images": len(result.names), "csv": str(csv) if csv else None}
-    return summary, args.json
+        on_first(lambda: result.write_csv(csv))
+    return {**result.mean, "images": len(result.names), "csv": str(csv) if csv else None}
 
 
-def _check_csv(csv: Path) -> None:
+def _check_csv(csv: Path | None) -> None:
     """Raises, before any work, where the metrics could not be written."""
+    if csv is None:
+        return
     if csv.is_dir():
         raise IsADirectoryError(f"{csv} is a folder; choose a file with --csv")
     check_parent(csv)

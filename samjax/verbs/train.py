@@ -7,15 +7,14 @@ import inspect
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import tyro
 from rich.console import Console
 
 from samjax.arguments import Outcome, parse
 from samjax.config import Config
-from samjax.hosts import Hosts, in_turn, is_first, lost, on_first
-from samjax.launcher import is_launched, launch
+from samjax.hosts import Hosts, in_turn, on_first
 from samjax.verbs.experiment import open_experiment
+from samjax.verbs.processes import in_processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,22 +39,14 @@ def run(argv: list[str], console: Console) -> Outcome:
     experiment = open_experiment(argv, "train", inspect.getdoc(Train) or "")
     default = Train(config=experiment.config, out=Path("runs") / Path(argv[0]).stem)
     args = parse(Train, argv[1:], "samjax train EXPERIMENT.py", default, experiment.doc)
-    if args.hosts.several:
-        if not is_launched():
-            raise SystemExit(launch("train", argv, args.hosts.heartbeat))
-        args.hosts.join()
-    from samjax.run import check_out, train
 
-    if not is_first():
-        console = Console(quiet=True)
-    # Before `prepare`, which may download.
-    args.config.num_devices()
-    on_first(lambda: check_out(args.config, args.out, args.resume))
-    in_turn(lambda: experiment.prepare(args.config, console))
-    try:
-        summary = train(args.config, args.out, resume=args.resume, console=console)
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        raise lost(error) from error
-    return (summary, args.json) if is_first() else ({}, False)
+    def work(console: Console) -> Outcome:
+        from samjax.run import check_out, train
+
+        # Before `prepare`, which may download.
+        args.config.num_devices()
+        on_first(lambda: check_out(args.config, args.out, args.resume))
+        in_turn(lambda: experiment.prepare(args.config, console))
+        return train(args.config, args.out, resume=args.resume, console=console), args.json
+
+    return in_processes(args.hosts, "train", argv, console, work)

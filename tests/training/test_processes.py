@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -25,19 +26,23 @@ def environment(devices: int) -> dict[str, str]:
 
 @pytest.fixture
 def start(experiment, command, tmp_path):
-    """`start(out, *flags)` are two processes of a run, which tell what `said(out, process)` is."""
+    """`start(out, *flags)` are two processes of a run, or of the command `line`.
+
+    What they tell is `said(out, process)`.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
 
-    def run(out, *flags) -> list[subprocess.Popen]:
+    def run(out, *flags, line=None) -> list[subprocess.Popen]:
+        line = line or command(experiment, out, *FLAGS, "--fsdp", "4")
         hosts = ("--coordinator", f"localhost:{port}", "--processes", "2")
-        hosts = (*hosts, "--heartbeat", str(HEARTBEAT), "--fsdp", "4")
+        hosts = (*hosts, "--heartbeat", str(HEARTBEAT))
         processes = []
         for i in range(2):
+            own = [*line, *hosts, "--process", str(i), *flags]
             with open(out.with_suffix(f".{i}"), "w") as log:
-                line = command(experiment, out, *FLAGS, *hosts, "--process", str(i), *flags)
-                processes.append(subprocess.Popen(line, env=environment(4), stdout=log, stderr=log))
+                processes.append(subprocess.Popen(own, env=environment(4), stdout=log, stderr=log))
         return processes
 
     return run
@@ -73,15 +78,16 @@ def assert_same(out, whole) -> None:
         assert mine["step"] == other["step"]
         np.testing.assert_allclose(mine["loss"], other["loss"], rtol=1e-5)
     for name in ("eval_before.csv", "eval_after.csv"):
-        rows = [
-            [line.split(",") for line in (run / name).read_text().splitlines()]
-            for run in (out, whole)
-        ]
-        assert [row[0] for row in rows[0]] == [row[0] for row in rows[1]] and len(rows[0]) == 3
-        values = [np.array([row[1:] for row in part[1:]], float) for part in rows]
-        np.testing.assert_allclose(*values, atol=1e-3)
+        assert_same_metrics(out / name, whole / name)
     summaries = [json.loads((run / "summary.json").read_text()) for run in (out, whole)]
     assert summaries[0]["kept_step"] == summaries[1]["kept_step"]
+
+
+def assert_same_metrics(*files) -> None:
+    rows = [[line.split(",") for line in file.read_text().splitlines()] for file in files]
+    assert [row[0] for row in rows[0]] == [row[0] for row in rows[1]] and len(rows[0]) == 3
+    values = [np.array([row[1:] for row in part[1:]], float) for part in rows]
+    np.testing.assert_allclose(*values, atol=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +105,15 @@ def test_two_processes_train_and_evaluate_as_one_device(start, alone, tmp_path):
     assert [process.wait(600) for process in start(out)] == [0, 0], said(out, 0)
     assert_same(out, alone)
     assert "trainable:" in said(out, 0) and "trainable:" not in said(out, 1)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_a_run_as_one_device(start, alone, tmp_path):
+    out = tmp_path / "metrics.csv"
+    line = [sys.executable, "-m", "samjax.cli", "eval", str(alone), "--csv", str(out)]
+    assert [process.wait(600) for process in start(out, line=line)] == [0, 0], said(out, 0)
+    assert_same_metrics(out, alone / "eval_after.csv")
+    assert "dice:" in said(out, 0) and "dice:" not in said(out, 1)
 
 
 @pytest.mark.slow
