@@ -149,6 +149,35 @@ def test_windows_pad_the_right_sides(segment_anything, size):
     np.testing.assert_array_equal(windows.unpartition(ours, 2, *size), x)
 
 
+@pytest.mark.parametrize("size", [(5, 7), (4, 8)])
+def test_layers_by_token_are_spared_the_padding(size):
+    kernel, bias, out = normal(3, 6), normal(6), normal(6, 2)
+    tokens = []
+
+    def before(x):
+        tokens.append(math.prod(x.shape[:3]))
+        return x @ kernel + bias
+
+    def attend(y):  # each window's tokens, those of padding too, weighted by their first channel
+        weights = jax.nn.softmax(y[..., :1], axis=(1, 2))
+        return y + (weights * y).sum(axis=(1, 2), keepdims=True)
+
+    def after(y):
+        tokens.append(math.prod(y.shape[:3]))
+        return y @ out
+
+    def loss(x, by_token):
+        y = windows.within(x, 4, before, attend, after, by_token)
+        return (y * target).sum(), y
+
+    x, target = normal(2, *size, 3), normal(2, *size, 2)
+    pairs = [jax.value_and_grad(loss, has_aux=True)(x, by_token) for by_token in (True, False)]
+    for spared, padded in zip(*map(jax.tree.leaves, pairs), strict=True):
+        np.testing.assert_allclose(spared, padded, rtol=1e-5, atol=1e-5)
+    own, windowed = 2 * math.prod(size), 2 * 4 * 8 * -(-size[0] // 4)
+    assert tokens == [own, *([1] if own < windowed else []), own, windowed, windowed]
+
+
 @pytest.mark.parametrize(
     "size, scores, chunk",
     [

@@ -1,12 +1,16 @@
 """A tiny run that tests start in processes of their own; one compilation serves them all."""
 
+import io
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from samjax.data.dense import DenseSample
+from samjax.data.images import EncodedImage
 from samjax.weights import save_checkpoint
 
 EXPERIMENT = """
@@ -51,6 +55,37 @@ def command():
 
 def train_command(experiment, out, *flags: str) -> list[str]:
     return [sys.executable, "-m", "samjax.cli", "train", str(experiment), "--out", str(out), *flags]
+
+
+@pytest.fixture(scope="session")
+def scenes():
+    """Five images of noise, with truths of dense tasks that they have nothing to do with."""
+    return Scenes()
+
+
+class Scenes:
+    names = tuple("abcde")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def check_sizes(self) -> None:
+        pass
+
+    def image_file(self, index) -> EncodedImage:
+        file = io.BytesIO()
+        Image.fromarray(self[index].image).save(file, "PNG")
+        return EncodedImage(file.getvalue(), Path(self.names[index]))
+
+    def __getitem__(self, index) -> DenseSample:
+        rng = np.random.default_rng(index)
+        normals = rng.normal(size=(96, 128, 3))
+        truth = {
+            "segmentation": rng.integers(-1, 3, (96, 128)).astype(np.int32),
+            "depth": rng.uniform(1, 4, (96, 128, 1)).astype(np.float32),
+            "normals": (normals / np.linalg.norm(normals, axis=-1, keepdims=True)).astype("f"),
+        }
+        return DenseSample(self.names[index], rng.integers(0, 255, (96, 128, 3), np.uint8), truth)
 
 
 def write_data(folder) -> None:

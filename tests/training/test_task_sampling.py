@@ -12,7 +12,6 @@ from rich.console import Console
 
 from samjax import peft
 from samjax.config import Config
-from samjax.data.dense import DenseSample
 from samjax.data.dense_augment import DenseAugmentConfig
 from samjax.data.dense_pipeline import dense_train_batches, drawn_tasks
 from samjax.models import Sam
@@ -28,31 +27,6 @@ NAMES = ("segmentation", "depth", "normals")
 WEIGHTS = np.array([0.5, 1, 2])
 
 
-class Scenes:
-    """Noise with truths that it has nothing to do with."""
-
-    names = tuple("abcde")
-
-    def __len__(self):
-        return len(self.names)
-
-    def check_sizes(self):
-        pass
-
-    def image_file(self, index):
-        raise NotImplementedError
-
-    def __getitem__(self, index):
-        rng = np.random.default_rng(index)
-        normals = rng.normal(size=(96, 128, 3))
-        truth = {
-            "segmentation": rng.integers(-1, 3, (96, 128)).astype(np.int32),
-            "depth": rng.uniform(1, 4, (96, 128, 1)).astype(np.float32),
-            "normals": (normals / np.linalg.norm(normals, axis=-1, keepdims=True)).astype("f"),
-        }
-        return DenseSample(self.names[index], rng.integers(0, 255, (96, 128, 3), np.uint8), truth)
-
-
 @pytest.mark.parametrize(("tasks", "per_step"), [(3, 1), (3, 2), (5, 3), (6, 4), (4, 4), (1, 1)])
 def test_tasks_are_drawn_equally_often(tasks, per_step):
     steps = 10 * tasks * per_step
@@ -66,7 +40,7 @@ def test_tasks_are_drawn_equally_often(tasks, per_step):
         assert not np.array_equal(drawn, other)
 
 
-def test_a_batch_says_which_are_drawn():
+def test_a_batch_says_which_are_drawn(scenes):
     """In each row, of step i in element i, wherever the stream is entered; images are the same."""
     tasks = parse(TASKS)
     settings = {
@@ -75,8 +49,8 @@ def test_a_batch_says_which_are_drawn():
         "batch_size": 2,
         "seed": 3,
     }
-    batches = dense_train_batches(Scenes(), tasks, tasks_per_step=2, **settings)
-    every = dense_train_batches(Scenes(), tasks, **settings)
+    batches = dense_train_batches(scenes, tasks, tasks_per_step=2, **settings)
+    every = dense_train_batches(scenes, tasks, **settings)
     assert "drawn" not in every[0]
     later = batches[5:9]
     for i in range(4):
@@ -114,11 +88,11 @@ def opened(config, small_config, draw_params):
     return model, spec, jax.tree.map(move, variables, peft.trainable(spec, model, variables))
 
 
-def test_the_mean_over_draws_is_all_tasks(config, opened):
+def test_the_mean_over_draws_is_all_tasks(config, opened, scenes):
     """Of losses and of gradients; a draw has its tasks' losses, and moves no other decoder."""
     model, _, variables = opened
     problem = problem_of(config)
-    batch = problem.batches(model, Scenes(), split=False)[0]
+    batch = problem.batches(model, scenes, split=False)[0]
     del batch["index"], batch["drawn"]
 
     @jax.jit
@@ -160,13 +134,13 @@ class Stopped(contextlib.nullcontext):
         return self
 
 
-def test_a_stopped_run_goes_on_to_the_bit(config, opened, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_to_the_bit(config, opened, scenes, tmp_path, monkeypatch):
     model, spec, variables = opened
 
     def fit(out):
         out.mkdir(exist_ok=True)
         console = Console(file=io.StringIO(), width=400)
-        return loop.fit(config, model, spec, variables, Scenes(), out, console)
+        return loop.fit(config, model, spec, variables, scenes, out, console)
 
     whole = fit(tmp_path / "whole")
     lines = (tmp_path / "whole/metrics.jsonl").read_text().splitlines()

@@ -6,22 +6,18 @@ import json
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 from rich.console import Console
 
 from samjax import peft
 from samjax.config import Config
 from samjax.data.augment import NO_AUGMENTATION, AugmentConfig
-from samjax.data.dense import DenseSample
 from samjax.data.dense_augment import DenseAugmentConfig
 from samjax.data.features import FeatureStore
 from samjax.data.folder import FolderSource
-from samjax.data.images import EncodedImage
 from samjax.data.prompts import PromptConfig
 from samjax.peft import MethodConfig
 from samjax.problems import problem_of
@@ -75,31 +71,6 @@ def console():
     return Console(file=io.StringIO(), width=1000)
 
 
-class Scenes:
-    """Five images of noise with truths of two tasks."""
-
-    names = tuple("abcde")
-
-    def __len__(self):
-        return len(self.names)
-
-    def check_sizes(self):
-        pass
-
-    def image_file(self, index):
-        file = io.BytesIO()
-        Image.fromarray(self[index].image).save(file, "PNG")
-        return EncodedImage(file.getvalue(), Path(self.names[index]))
-
-    def __getitem__(self, index):
-        rng = np.random.default_rng(index)
-        truth = {
-            "segmentation": rng.integers(-1, 3, (96, 128)).astype(np.int32),
-            "depth": rng.uniform(1, 4, (96, 128, 1)).astype(np.float32),
-        }
-        return DenseSample(self.names[index], rng.integers(0, 255, (96, 128, 3), np.uint8), truth)
-
-
 def plan(config, sam, params, source, console, known=None):
     """The model, its parameters as the problem has them, and the trunk."""
     model, params = problem_of(config).build(sam, params)
@@ -143,7 +114,7 @@ def test_losses_are_those_of_images(kind, method, point, shallow, source, tmp_pa
 
 
 @pytest.mark.parametrize("per_step", [None, 1])
-def test_losses_of_several_tasks_are_those_of_images(per_step, shallow, tmp_path):
+def test_losses_of_several_tasks_are_those_of_images(per_step, shallow, scenes, tmp_path):
     settings = {"rank": 4, "rank_task": 2, "first_block": 1, "norms": False}
     config = dataclasses.replace(
         UNCHANGED,
@@ -155,7 +126,7 @@ def test_losses_of_several_tasks_are_those_of_images(per_step, shallow, tmp_path
     found = {}
     for setting in ("off", "on"):
         config = dataclasses.replace(config, cache_features=setting)
-        found[setting] = trained(config, *shallow["vit"], Scenes(), tmp_path / setting)
+        found[setting] = trained(config, *shallow["vit"], scenes, tmp_path / setting)
     assert found["on"][2].point == "blocks_1"
     np.testing.assert_allclose(found["on"][0], found["off"][0], rtol=NOISE)
 
