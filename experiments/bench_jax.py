@@ -32,7 +32,7 @@ SCENIC_MODELING = "scenic.projects.baselines.segment_anything.modeling"
 
 def samjax_encoder(setup: Setup) -> Model:
     """This library, as its predictor calls it."""
-    keep_freed_memory()  # as its command line does
+    keep_freed_memory()  # as `samjax` does
     config, tensors = setup.load()
     model = Sam(config, dtype=jnp.dtype(setup.dtype))
     params = jax.device_put(to_params(tensors, config))
@@ -51,6 +51,7 @@ def samjax_encoder(setup: Setup) -> Model:
 
 def scenic_encoder(setup: Setup) -> Model:
     """google-research/scenic, which has no package; of its SAM only the modules are imported."""
+    keep_freed_memory()  # the same allocator as samjax's
     sys.path.insert(0, str(setup.scenic))
     image_encoder, mask_decoder, prompt_encoder = (
         importlib.import_module(f"{SCENIC_MODELING}.{name}")
@@ -147,7 +148,7 @@ def _encoder(
 
 def samjax_training(setup: Setup) -> Model:
     """This library's steps, as `samjax bench methods` times them."""
-    keep_freed_memory()  # as its command line does
+    keep_freed_memory()  # as `samjax` does
     config, tensors = setup.load()
     configs = {text: training_config(text, setup.batch_size) for text in setup.methods}
     model = Sam(config, dtype=jnp.dtype(setup.dtype))

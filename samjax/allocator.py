@@ -24,7 +24,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 def keep_freed_memory() -> bool:
     """Has freed memory kept for whoever asks next; returns whether it will be.
 
-    To be called before JAX starts its threads, which else have heaps of their own.
+    To be called before JAX is imported, whose threads else have heaps of their own.
     """
     libc = _glibc()
     if libc is None or _is_set_by_user():
@@ -37,7 +37,7 @@ def keep_freed_memory() -> bool:
 def release_freed_memory() -> None:
     """Gives what is free back to the system: after work whose blocks the next does not ask for."""
     libc = _glibc()
-    if libc is not None:
+    if libc is not None and not _is_set_by_user():
         libc.malloc_trim(0)
 
 

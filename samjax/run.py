@@ -158,6 +158,8 @@ def _evaluate(
 ) -> Evaluation:
     if run is not None:
         config = _for_this_machine(config)
+    # Devices are chosen by the training batch, which is of no interest here: one for all of them.
+    config = dataclasses.replace(config, batch_size=config.batch_size * jax.device_count())
     config.num_devices()
     source = open_data(config, split, console)
     source.check_sizes()

@@ -29,7 +29,8 @@ def result_of(*args: str) -> dict:
 def flops(tokens: int, width: int, out: int) -> int:
     """Of ViT-B's encoder with one block, of windows larger than the map: written out by hand."""
     padded, side = 14**2, 14
-    linear = 2 * padded * width * 4 * width + 2 * tokens * width * 8 * width
+    # Queries, keys and values of the padding are one token's.
+    linear = 2 * tokens * width * 12 * width + 2 * width * 3 * width
     block = linear + 2 * padded * width * (2 * padded) + 2 * padded * width * 2 * side
     return block + 2 * tokens * (16 * 16 * 3) * width + 2 * tokens * out * (width + 9 * out)
 

@@ -23,6 +23,7 @@ from samjax.evaluation.evaluate import measure as measure_overlap
 from samjax.evaluation.evaluate import on_one_device, postprocessing, predict
 from samjax.evaluation.saliency import saliency
 from samjax.models import Sam
+from samjax.peft import as_computed
 
 # What an evaluation does with each batch, in order.
 PARTS = ("model", "overlap", "saliency")
@@ -49,7 +50,7 @@ def measure(
     if min(truth_size) < 2:
         raise ValueError(f"truth_size must be at least 2 pixels, not {min(truth_size)}")
     load = machine.facts(console)
-    variables = {"params": jax.device_put(random_params(model))}
+    variables = as_computed({"params": jax.device_put(random_params(model))}, model.dtype)
     programs: dict[tuple[str, str], Program] = {}
     calls: dict[tuple[str, str], Callable[[], float]] = {}
     with ThreadPoolExecutor() as threads:

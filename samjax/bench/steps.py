@@ -29,7 +29,8 @@ def training_config(method: str, batch_size: int) -> Config:
 def open_step(sam: Sam, config: Config, params: Any) -> Step:
     """The step of a run of `config`; of several stages the one in which most trains.
 
-    `params` are SAM's; frozen leaves among them are shared.
+    `params` are SAM's; frozen leaves among them are shared, as far as they are kept in the dtype of
+    the model.
     """
     model, params = problem_of(config).build(sam, params)
     spec = config.spec()
@@ -52,7 +53,7 @@ def open_step(sam: Sam, config: Config, params: Any) -> Step:
 def compiled_steps(
     model: Sam, configs: Mapping[str, Config], console: Console, params: Any = None
 ) -> dict[str, Step]:
-    """The step of each method by name; frozen weights are one copy for all.
+    """The step of each method by name; in float32, frozen weights are one copy for all.
 
     `params` are random where none are given.
     """

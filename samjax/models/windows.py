@@ -13,7 +13,10 @@ from samjax.nn import unrecorded
 
 
 def partition(x: Float[Array, "b h w c"], size: int, fill: Any = None) -> Float[Array, "n s s c"]:
-    """Cuts a map into (b * windows, size, size, c); it lacks `fill` (c,), or zeros."""
+    """Cuts a map into (b * windows, size, size, c).
+
+    Where it has no tokens, zeros or `fill` (c,) stand.
+    """
     batch, height, width, channels = x.shape
     x = jnp.pad(x, ((0, 0), (0, -height % size), (0, -width % size), (0, 0)))
     rows, columns = x.shape[1] // size, x.shape[2] // size

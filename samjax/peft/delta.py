@@ -95,7 +95,7 @@ class Delta(Record):
     # Why the delta cannot share its site; empty where it can. Where it is not, the delta has
     # multiples only if it defines `scaled` itself.
     alone: ClassVar[str] = ""
-    # Whether, at a linear layer, what it makes of a token depends on that token alone.
+    # Whether, at a linear layer and dropout aside, what it makes of a token depends on that alone.
     by_token: ClassVar[bool] = True
     # Whether it computes with the site's kernel itself, in float32, and not by calling the site.
     reads_kernel: ClassVar[bool] = False

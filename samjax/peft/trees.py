@@ -152,17 +152,19 @@ def trainable(spec: PeftSpec, model: Sam, variables: Any) -> Any:
 def as_computed(variables: Any, dtype: Any, trains: Any = None) -> Any:
     """`variables` whose frozen kernels have the dtype that the model computes in.
 
-    Layers round their kernels to `dtype` at each call, so that results are the same to the bit and
-    a bfloat16 model needs half the room. Left as they are: what trains (`trains` is the boolean
-    tree of `trainable`; None: nothing does), what is not a layer's kernel, and kernels that a
-    delta computes with itself. Leaves may be `jax.ShapeDtypeStruct` within `jax.eval_shape` alone.
+    Layers round their kernels to `dtype` at each call (what a CPU compiles may leave that out), so
+    that a bfloat16 model loses nothing and needs half the room. Left as they are: what trains
+    (`trains` is the boolean tree of `trainable`; None: nothing does), what is not a layer's kernel,
+    and kernels that a delta computes with itself. Leaves may be `jax.ShapeDtypeStruct` within `jax.eval_shape` alone.
     """
     readers = {path for path, d in deltas(variables.get("peft", {})).items() if d.reads_kernel}
     trained = {} if trains is None else flatten_dict(trains["params"])
 
     def stored(path: tuple[str, ...], leaf: Any) -> Any:
         frozen = path[-1] == "kernel" and not trained.get(path, False)
-        return leaf.astype(dtype) if frozen and "/".join(path[:-1]) not in readers else leaf
+        if not frozen or "/".join(path[:-1]) in readers:
+            return leaf
+        return leaf.astype(dtype, copy=False)
 
     params = {path: stored(path, leaf) for path, leaf in flatten_dict(variables["params"]).items()}
     return {**variables, "params": unflatten_dict(params)}

@@ -173,7 +173,7 @@ def fit(
                 if saves:
                     # States of earlier stages are not yet what the run is after.
                     checkpoints.save(state, metrics if span.stop == steps else None)
-                    release_freed_memory()  # what lies where a step's buffers were splits them
+                    release_freed_memory()  # else what the save left lies between a step's buffers
             if writes or begins:  # a stage's first step is mostly compilation
                 log.start_clock(step)
             # Else it came too late for a save: the next step's.

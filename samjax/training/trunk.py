@@ -24,7 +24,7 @@ from samjax.data.pipeline import batches_from, prepare_input
 from samjax.data.sources import Dataset
 from samjax.hashes import params_sha256
 from samjax.models import Sam
-from samjax.peft import PeftSpec
+from samjax.peft import PeftSpec, as_computed
 from samjax.peft.cut import Cut, find_cut, params_before
 from samjax.terminal import Interrupted, progress_bar, progress_on
 from samjax.training import memory
@@ -57,7 +57,8 @@ class Trunk:
         """
         store, done = self.store, 0
         # On a device once, not with every batch.
-        before = jax.device_put(params_before(model, params, self.point))
+        kept = as_computed({"params": params}, model.dtype)["params"]
+        before = jax.device_put(params_before(model, kept, self.point))
         try:
             with store.locked(console), progress_bar(console) as bar:
                 shards = store.missing()

@@ -10,6 +10,7 @@ from rich.console import Console
 from samjax.arguments import Outcome
 from samjax.hosts import Hosts, is_first, lost
 from samjax.launcher import is_launched, launch
+from samjax.terminal import notices_on
 
 
 def in_processes(
@@ -27,8 +28,10 @@ def in_processes(
         if not is_launched():
             raise SystemExit(launch(verb, argv, hosts.heartbeat))
         hosts.join()
+    own = console if is_first() else Console(quiet=True)
     try:
-        outcome = work(console if is_first() else Console(quiet=True))
+        with notices_on(own):
+            outcome = work(own)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise

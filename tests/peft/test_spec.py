@@ -8,9 +8,10 @@ from flax.traverse_util import flatten_dict
 
 from samjax import peft
 from samjax.models import MODELS, Sam
-from samjax.nn import Context
+from samjax.nn import Context, Site
 from samjax.peft import (
     RECIPES,
+    ConvLoRA,
     DoRA,
     LoRA,
     LoRAConv,
@@ -267,3 +268,40 @@ def test_frozen_kernels_are_kept_as_they_are_computed_with(small_model, small_pa
         for v in (kept, variables)
     )
     np.testing.assert_array_equal(ours, theirs)
+
+
+def at_qkv(method) -> PeftSpec:
+    return PeftSpec((Rule("image_encoder/**/qkv", method),))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(
+            MethodConfig(name).spec()
+            for name in ("lora", "dora", "fact_tt", "fact_tk", "ssf", "conv_lora", "nas_lora")
+        ),
+        at_qkv(PerTask(LoRA(), 2)),
+        at_qkv(PerTask(ConvLoRA(), 2)),
+        at_qkv(Stack((LoRA(), LoRA()))),
+        at_qkv(Stack((LoRA(), ConvLoRA()))),
+    ],
+)
+def test_adapters_say_whether_they_look_at_other_tokens(small_model, small_params, spec):
+    """Those that do are given windows, and others whole maps (`samjax.models.windows.within`)."""
+    path, rng = "image_encoder/blocks_0/attn/qkv", np.random.default_rng(0)
+    records = jax.tree.map(
+        lambda leaf: leaf + rng.normal(size=leaf.shape).astype(np.float32),
+        peft.attach(spec, small_model, small_params, jax.random.key(0)),
+    )
+    delta = deltas(records)[path]
+    info = next(info for info in small_model.sites() if info.path == path)
+    layer = small_params["image_encoder"]["blocks_0"]["attn"]["qkv"]
+    kernel, bias = jnp.asarray(layer["kernel"]), jnp.asarray(layer["bias"])
+    site = Site(info, kernel, bias, lambda x, k, b: x @ k + (0 if b is None else b))
+    ctx = Context(task=1, shared=records.get("shared"))
+    x = jnp.asarray(rng.normal(size=(1, 4, 4, 32)), jnp.float32)
+    y, moved = (delta(site, x, ctx) for x in (x, x.at[0, 1, 1].add(1.0)))
+    differ = np.abs(y - moved).max(axis=-1)[0] > 1e-5 * np.abs(y).max()
+    assert differ[1, 1]
+    assert (differ.sum() == 1) == delta.by_token
