@@ -155,7 +155,8 @@ def as_computed(variables: Any, dtype: Any, trains: Any = None) -> Any:
     Layers round their kernels to `dtype` at each call (what a CPU compiles may leave that out), so
     that a bfloat16 model loses nothing and needs half the room. Left as they are: what trains
     (`trains` is the boolean tree of `trainable`; None: nothing does), what is not a layer's kernel,
-    and kernels that a delta computes with itself. Leaves may be `jax.ShapeDtypeStruct` within `jax.eval_shape` alone.
+    and kernels that a delta computes with itself. Leaves may be `jax.ShapeDtypeStruct` within
+    `jax.eval_shape` alone.
     """
     readers = {path for path, d in deltas(variables.get("peft", {})).items() if d.reads_kernel}
     trained = {} if trains is None else flatten_dict(trains["params"])
