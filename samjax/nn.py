@@ -38,6 +38,8 @@ class Context:
     task: Any = None
     # Records that deltas of several sites share, by name: `peft["shared"]`, put here by `Sam`.
     shared: Any = None
+    # What makes another of a linear layer's `Site.apply`: see `samjax.models.windows`.
+    around: Any = struct.field(pytree_node=False, default=None)
 
     def key(self, path: str) -> Any:
         """A PRNG key of its own for the site at `path`, equal on every host of a pod."""
@@ -161,6 +163,8 @@ def _call_site(module: nn.Module, site: Site, x: Array, ctx: Context) -> Array:
     if visits is not None:
         visits.append(site.info)
     delta = module.get_variable("peft", "delta")
+    if ctx.around is not None and site.info.kind == "dense":
+        site = dataclasses.replace(site, apply=ctx.around(site.apply))
     return site(x) if delta is None else delta(site, x, ctx)
 
 

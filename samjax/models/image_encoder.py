@@ -75,8 +75,7 @@ class Attention(nn.Module):
             return proj(attend(qkv(x, ctx)), ctx)
         # Padding comes after the norm: padded tokens take part in attention, as in SAM.
         by_token = act_by_token(self, "qkv", "proj")
-        layers = lambda x: qkv(x, ctx), attend, lambda x: proj(x, ctx)
-        return windows.within(x, self.window_size, *layers, by_token)
+        return windows.within(x, self.window_size, qkv, attend, proj, ctx, by_token)
 
 
 class Block(nn.Module):

@@ -127,8 +127,11 @@ class Attention(nn.Module):
 
         # Zeros are normalised inside the attention: padded tokens become the norm's bias.
         by_token = act_by_token(self, "qkv", "proj")
-        layers = lambda x: qkv(norm(x, ctx), ctx), attend_windows, lambda x: proj(x, ctx)
-        return windows.within(x, size, *layers, by_token)
+
+        def before(x: Array, ctx: Context) -> Array:
+            return qkv(norm(x, ctx), ctx)
+
+        return windows.within(x, size, before, attend_windows, proj, ctx, by_token)
 
 
 def offset_indices(size: int) -> np.ndarray:

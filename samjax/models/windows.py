@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from samjax.nn import unrecorded
+from samjax.nn import Context, unrecorded
 
 
 def partition(x: Float[Array, "b h w c"], size: int, fill: Any = None) -> Float[Array, "n s s c"]:
@@ -41,23 +42,40 @@ def unpartition(
 def within(
     x: Float[Array, "b h w c"],
     size: int,
-    before: Callable[[Array], Array],
+    before: Callable[[Array, Context], Array],
     attend: Callable[[Array], Array],
-    after: Callable[[Array], Array],
+    after: Callable[[Array, Context], Array],
+    ctx: Context,
     by_token: bool,
 ) -> Float[Array, "b h w d"]:
     """`after(attend(before(x)))` within windows; tokens of padding take part, and `before` is
     given zeros for them.
 
     `by_token` says that `before` and `after` look at each token alone. They are then spared the
-    padding, but for the one token that tells what `before` makes of it.
+    padding, but for the one token that tells what `before` makes of it; else their adapters see
+    windows, and the layers themselves are spared it (`Context.around`).
     """
-    batch, height, width, channels = x.shape
+    shape = x.shape[:3]
     if not by_token:
-        windows = after(attend(before(partition(x, size))))
-        return unpartition(windows, batch, height, width)
-    y, fill = before(x), None
-    if height % size or width % size:
+        ctx = ctx.replace(around=partial(_spared, shape))
+        return unpartition(after(attend(before(partition(x, size), ctx)), ctx), *shape)
+    y, fill = before(x, ctx), None
+    if shape[1] % size or shape[2] % size:
         with unrecorded():
-            fill = before(jnp.zeros((1, 1, 1, channels), x.dtype))[0, 0, 0]
-    return after(unpartition(attend(partition(y, size, fill)), batch, height, width))
+            fill = before(jnp.zeros((1, 1, 1, x.shape[3]), x.dtype), ctx)[0, 0, 0]
+    return after(unpartition(attend(partition(y, size, fill)), *shape), ctx)
+
+
+def _spared(shape: tuple[int, int, int], apply: Callable[..., Array]) -> Callable[..., Array]:
+    """A layer, called with windows of a (batch, height, width) map, that computes the map alone.
+
+    What it makes of the last token stands for all of the padding: before attention all padding is
+    the same, and after it nothing reads it.
+    """
+
+    def applied(x: Array, kernel: Any, bias: Any) -> Array:
+        y = apply(unpartition(x, *shape), kernel, bias)
+        fill = apply(x[-1:, -1:, -1:], kernel, bias)[0, 0, 0]
+        return partition(y, x.shape[1], fill)
+
+    return applied

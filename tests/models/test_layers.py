@@ -10,7 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from samjax.models import MODELS, Prompts, Sam, SamConfig, TinyVitConfig, VitConfig, windows
+from samjax.models import (
+    MODELS,
+    Prompts,
+    Sam,
+    SamConfig,
+    TinyVitConfig,
+    VitConfig,
+    image_encoder,
+    tiny_vit,
+    windows,
+)
 from samjax.models.attention import attend_map, chunk_sizes, relative_table
 from samjax.models.flash import flash
 from samjax.models.image_encoder import resize_positions
@@ -23,8 +33,11 @@ from samjax.nn import (
     DepthwiseConv,
     LayerNorm,
     Segments,
+    Site,
+    SiteInfo,
 )
 from samjax.ops import gelu
+from samjax.peft import ConvLoRA
 
 RNG = np.random.default_rng(0)
 
@@ -154,7 +167,7 @@ def test_layers_by_token_are_spared_the_padding(size):
     kernel, bias, out = normal(3, 6), normal(6), normal(6, 2)
     tokens = []
 
-    def before(x):
+    def before(x, ctx):
         tokens.append(math.prod(x.shape[:3]))
         return x @ kernel + bias
 
@@ -162,12 +175,12 @@ def test_layers_by_token_are_spared_the_padding(size):
         weights = jax.nn.softmax(y[..., :1], axis=(1, 2))
         return y + (weights * y).sum(axis=(1, 2), keepdims=True)
 
-    def after(y):
+    def after(y, ctx):
         tokens.append(math.prod(y.shape[:3]))
         return y @ out
 
     def loss(x, by_token):
-        y = windows.within(x, 4, before, attend, after, by_token)
+        y = windows.within(x, 4, before, attend, after, Context(), by_token)
         return (y * target).sum(), y
 
     x, target = normal(2, *size, 3), normal(2, *size, 2)
@@ -370,3 +383,25 @@ def test_image_size_must_fit_the_patch():
     assert MODELS["lite_medsam"].image_encoder.patch_size == 4
     for config in MODELS.values():
         assert SamConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("encoder", ["vit", "tiny_vit"])
+def test_adapters_that_see_windows_get_what_padded_layers_gave(encoder, monkeypatch):
+    """The layers compute the map alone; with all of each window's tokens the result is the same."""
+    if encoder == "vit":
+        config = VitConfig(embed_dim=16, depth=1, num_heads=2, window_size=4, pretrain_grid=8)
+        block = image_encoder.Block(config, 4)
+    else:
+        block = tiny_vit.Block(2, 4)
+    x = normal(2, 5, 6, 16)
+    shapes = jax.eval_shape(block.init, jax.random.key(0), x, Context())["params"]
+    params = jax.tree.map(lambda leaf: normal(*leaf.shape) / 4, shapes)
+    records = {}
+    for name, out in (("qkv", 48), ("proj", 16)):
+        site = Site(SiteInfo(f"image_encoder/{name}", "dense", (16, out)), None, None, lambda x, *_: x)
+        delta = ConvLoRA(rank=2, experts=2).init(jax.random.key(1), site, ())
+        records[name] = {"delta": jax.tree.map(lambda leaf: leaf + normal(*leaf.shape) / 4, delta)}
+    variables = {"params": params, "peft": {"attn": records}}
+    spared = block.apply(variables, x, Context())
+    monkeypatch.setattr(windows, "_spared", lambda shape, apply: apply)
+    np.testing.assert_allclose(spared, block.apply(variables, x, Context()), rtol=2e-5, atol=2e-5)
