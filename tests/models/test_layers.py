@@ -398,7 +398,8 @@ def test_adapters_that_see_windows_get_what_padded_layers_gave(encoder, monkeypa
     params = jax.tree.map(lambda leaf: normal(*leaf.shape) / 4, shapes)
     records = {}
     for name, out in (("qkv", 48), ("proj", 16)):
-        site = Site(SiteInfo(f"image_encoder/{name}", "dense", (16, out)), None, None, lambda x, *_: x)
+        info = SiteInfo(f"image_encoder/{name}", "dense", (16, out))
+        site = Site(info, None, None, lambda x, *_: x)
         delta = ConvLoRA(rank=2, experts=2).init(jax.random.key(1), site, ())
         records[name] = {"delta": jax.tree.map(lambda leaf: leaf + normal(*leaf.shape) / 4, delta)}
     variables = {"params": params, "peft": {"attn": records}}
