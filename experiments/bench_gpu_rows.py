@@ -143,9 +143,8 @@ def training_step(model: Sam, method: str, params: Any, batch_size: int) -> Any:
 
     settings = MethodConfig(method)
     spec = settings.spec()
-    base = {"params": params, "peft": peft.attach(spec, model, params, jax.random.key(0))}
-    trains = peft.trainable(spec, model, base)
-    train, frozen = peft.partition(peft.as_computed(base, model.dtype, trains), trains)
+    base = peft.start(spec, model, params, jax.random.key(0))
+    train, frozen = peft.partition(base, peft.trainable(spec, model, base))
     labels = trained_labels(peft.groups(spec, model, base))
     optimizer = make_optimizer(OptimizerConfig(), 1000, labels, settings.learning_rate)
     # Copied, since the step gives its state away and the weights must survive it.

@@ -54,10 +54,7 @@ def base_shapes(config: Config, model: Sam) -> dict[str, Any]:
     spec = config.spec()
 
     def base(params: Any) -> Any:
-        adapters = peft_lib.attach(spec, model, params, jax.random.key(0))
-        variables = {"params": params, "peft": adapters}
-        trains = peft_lib.trainable(spec, model, variables)
-        return peft_lib.as_computed(variables, model.dtype, trains)
+        return peft_lib.start(spec, model, params, jax.random.key(0))
 
     return jax.eval_shape(base, model.init_params_shapes())
 

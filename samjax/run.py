@@ -230,10 +230,7 @@ def train(
         known_before = Evaluation.read_csv(before_in / BEFORE)
         if known_before.per_image.keys() != problem.titles.keys():  # an older samjax measured less
             known_before = None
-    adapters = peft_lib.attach(spec, model, params, jax.random.key(config.seed))
-    base = {"params": params, "peft": adapters}
-    trains = peft_lib.trainable(spec, model, base)
-    base = place(peft_lib.as_computed(base, model.dtype, trains), config.mesh())
+    base = place(peft_lib.start(spec, model, params, jax.random.key(config.seed)), config.mesh())
 
     def begin(stack: contextlib.ExitStack) -> None:
         with writing(out):

@@ -34,8 +34,7 @@ def open_step(sam: Sam, config: Config, params: Any) -> Step:
     """
     model, params = problem_of(config).build(sam, params)
     spec = config.spec()
-    base = {"params": params, "peft": peft_lib.attach(spec, model, params, jax.random.key(0))}
-    base = peft_lib.as_computed(base, model.dtype, peft_lib.trainable(spec, model, base))
+    base = peft_lib.start(spec, model, params, jax.random.key(0))
     trainer = prepare(config, model, spec, base, config.num_steps(1000))
     stage = max((span.stage for span in trainer.spans), key=lambda stage: len(stage.groups))
     # Dense attention keeps what chunks compute again, and multiplies the same.

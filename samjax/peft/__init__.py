@@ -30,6 +30,7 @@ from samjax.peft.trees import (
     merge,
     metrics,
     partition,
+    start,
     trainable,
 )
 from samjax.peft.verify import verify_merge, verify_task_merge
@@ -84,6 +85,7 @@ __all__ = [
     "scale",
     "side_by_side",
     "stack",
+    "start",
     "trainable",
     "verify_merge",
     "verify_task_merge",

@@ -171,6 +171,12 @@ def as_computed(variables: Any, dtype: Any, trains: Any = None) -> Any:
     return {**variables, "params": unflatten_dict(params)}
 
 
+def start(spec: PeftSpec, model: Sam, params: Any, key: Any) -> dict[str, Any]:
+    """{"params", "peft"} as a run begins with them: adapters attached, the rest `as_computed`."""
+    variables = {"params": params, "peft": attach(spec, model, params, key)}
+    return as_computed(variables, model.dtype, trainable(spec, model, variables))
+
+
 def partition(tree: Any, mask: Any) -> tuple[Any, Any]:
     """Splits a tree into (where mask is True, the rest); the holes are None."""
     return (
