@@ -52,11 +52,16 @@ METRICS: Mapping[str, Metric] = {
 DEFAULT = ("dice", "iou", "s_measure", "mean_e_measure", "weighted_f_measure", "mae")
 
 
+# Other names that the literature has for some of them.
+_ALSO = {"f1": "dice", "dsc": "dice", "jaccard": "iou", "miou": "iou", "accuracy": "pixel_accuracy"}
+
+
 def check_metrics(names: Sequence[str]) -> None:
     """Raises ValueError for a name that is no metric's."""
     for name in names:
         if name not in METRICS:
-            nearest = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.0)[0]
+            close = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.0)
+            nearest = _ALSO.get(name.lower(), close[0])
             raise ValueError(
                 f"metrics has {name!r}, and they are {', '.join(METRICS)}; the nearest is {nearest}"
             )

@@ -185,6 +185,7 @@ def test_a_config_chooses_its_metrics():
     ("settings", "message"),
     [
         ({"metrics": ("dce",)}, r"metrics has 'dce', .*; the nearest is dice"),
+        ({"metrics": ("iou", "F1")}, r"metrics has 'F1', .*; the nearest is dice"),
         ({"metrics": ("image_iou",)}, "set objects each, or take iou"),
         ({"best_metric": "ber"}, "best_metric ber is not measured: add it to metrics"),
         ({"best_metric": "ou"}, r"one of dice, .*, not 'ou'; the nearest is iou"),
