@@ -74,7 +74,7 @@ def _seconds(seconds: float | None) -> str:
 def _change(before: Evaluation, after: Evaluation, name: str) -> str:
     """The gain of a metric; of a mean over images with its standard error."""
     change = f"{after.mean[name] - before.mean[name]:+.4f}"
-    if after.of_set is not None or len(after.names) < 2:
+    if name in after.of_set or len(after.names) < 2:
         return change
     changes = after.per_image[name] - before.per_image[name]
     return f"{change} ± {np.std(changes, ddof=1) / np.sqrt(len(changes)):.4f}"
@@ -83,8 +83,13 @@ def _change(before: Evaluation, after: Evaluation, name: str) -> str:
 def _worst(
     config: Config, before: Evaluation, after: Evaluation, titles: Mapping[str, str]
 ) -> list[str]:
-    """The images that are worst after training, by the metric that validations compare."""
+    """The images that are worst after training, by the metric that validations compare.
+
+    Nothing, where that is one of the set alone.
+    """
     name, more_is_better = config.best
+    if name not in after.per_image:
+        return []
     values = after.per_image[name]
     known = np.flatnonzero(np.isfinite(values))
     order = known[np.argsort(values[known] if more_is_better else -values[known], kind="stable")]
