@@ -67,7 +67,8 @@ class Config:
     split_seed: int = 0
     # Dense tasks instead of masks, predicted for each pixel: nyuv2, cityscapes or pascal_context,
     # or tasks NAME:CHANNELS:LOSS or NAME:CHANNELS:LOSS:WEIGHT, such as depth:1:masked_l1; losses
-    # are cross_entropy, balanced_bce, masked_l1 and cosine. See `samjax.data.dense` for the data.
+    # are cross_entropy, mask_classification (a semantic head: segmentation:12:mask_classification),
+    # balanced_bce, masked_l1 and cosine. See `samjax.data.dense` for the data.
     tasks: tuple[str, ...] = ()
     # Weights of the tasks' losses: their own, or learnt (Kendall et al. 2018).
     task_weighting: Literal["fixed", "uncertainty"] = "fixed"
@@ -192,6 +193,12 @@ class Config:
             raise ValueError("task_weighting weighs dense tasks: name them with tasks")
         if not tasks and RECIPES[self.method.method].dense:
             self.method.spec()  # which says so
+        heads = [task.name for task in tasks if task.loss == "mask_classification"]
+        if heads and self.method.decoder == "none":
+            raise ValueError(
+                f"task {heads[0]}: with decoder none its semantic head does not train, and knows "
+                "no classes: leave decoder out"
+            )
         if tasks and (self.objects == "each" or self.classes):
             raise ValueError("dense tasks have no objects: leave out objects and classes")
         if not tasks and self.tasks_per_step is not None:
