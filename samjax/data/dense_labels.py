@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Int
 
 from samjax.data.dense import DenseSample, checked_truth
+from samjax.data.dense_folder import IMAGES
 from samjax.data.folder import LABELS, check_pairs, has_labels, has_masks, open_pairs
 from samjax.data.images import ImageFile, read_image, read_labels
-from samjax.data.splits import DEFAULT_FRACTIONS, Fractions
+from samjax.data.splits import DEFAULT_FRACTIONS, Fractions, split_folders
 from samjax.tasks import CLASSES, Task
 
 # Where a pixel does not count, as in PASCAL VOC.
@@ -25,10 +26,14 @@ VOID = 255
 
 
 def is_labelled(root: Path) -> bool:
-    """Whether a folder has label images.
+    """Whether a folder has label images, and is none of `samjax.data.dense_folder`.
 
     Raises ValueError for one of masks, which are no label images of classes.
     """
+    if any(
+        (folder / IMAGES).is_dir() for found in split_folders(root).values() for folder in found
+    ):
+        return False  # where labels/ and masks/ are tasks of these names
     if has_masks(root) and not has_labels(root):
         raise ValueError(
             f"{root} has masks/, of objects without a class: put label images of a dense task into "

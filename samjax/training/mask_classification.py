@@ -53,15 +53,13 @@ def mask_classification_loss(
     known = known_pixels(task, truth)
     targets = truth[:, None] == jnp.arange(task.channels)[:, None, None]
     present = jnp.any(targets, axis=(2, 3))
-    masks = found.masks
+    # The masks of the classes, and what each mask is to show.
+    masks, shown = found.masks, jnp.where(present, jnp.arange(task.channels), task.channels)
     if task.tokens:
         token = _matched(found, targets, known)
         masks = jnp.take_along_axis(masks, token[:, :, None, None], axis=1)
-    else:
-        token = jnp.broadcast_to(jnp.arange(task.channels), present.shape)
-    own = jnp.where(present, jnp.arange(task.channels), task.channels)
-    rows = jnp.arange(len(token))[:, None]
-    shown = jnp.full(found.classes.shape[:2], task.channels).at[rows, token].set(own)
+        its_own = token[:, None] == jnp.arange(task.tokens)[:, None]
+        shown = jnp.min(jnp.where(its_own, shown[:, None], task.channels), axis=2)
 
     weights = jnp.where(shown == task.channels, _NOTHING, 1.0)
     weights *= jnp.any(known, axis=(1, 2))[:, None]

@@ -139,6 +139,18 @@ def test_what_cannot_be_used_is_told(tmp_path):
     assert "has masks/, of objects without a class: put label images of a" in complaint(root)
 
 
+def test_a_task_of_a_folder_of_arrays_may_be_called_labels(tmp_path):
+    for place in ("image", "labels", "masks"):
+        (tmp_path / "train" / place).mkdir(parents=True)
+        np.save(
+            tmp_path / "train" / place / "0.npy", np.zeros((*SIZE, 3)[: 2 + (place == "image")])
+        )
+    tasks = [Task("labels", 4, "mask_classification"), Task("masks", 1, "balanced_bce")]
+    assert open_dense(str(tmp_path), "train", tasks)[0].truth["labels"].shape == SIZE
+    with pytest.raises(ValueError, match="no validation"):
+        open_dense(str(tmp_path), "validation", tasks)
+
+
 class Labelled(RecordsBuilder, skip_registration=True):
     """Records with a label image, as datasets of several classes have them."""
 
