@@ -30,10 +30,9 @@ def is_labelled(root: Path) -> bool:
 
     Raises ValueError for one of masks, which are no label images of classes.
     """
-    if any(
-        (folder / IMAGES).is_dir() for found in split_folders(root).values() for folder in found
-    ):
-        return False  # where labels/ and masks/ are tasks of these names
+    folders = [folder for found in split_folders(root).values() for folder in found]
+    if any((folder / IMAGES).is_dir() for folder in folders):
+        return False  # labels/ and masks/ may be tasks of these names
     if has_masks(root) and not has_labels(root):
         raise ValueError(
             f"{root} has masks/, of objects without a class: put label images of a dense task into "

@@ -140,11 +140,9 @@ def test_what_cannot_be_used_is_told(tmp_path):
 
 
 def test_a_task_of_a_folder_of_arrays_may_be_called_labels(tmp_path):
-    for place in ("image", "labels", "masks"):
+    for place, shape in (("image", (*SIZE, 3)), ("labels", SIZE), ("masks", SIZE)):
         (tmp_path / "train" / place).mkdir(parents=True)
-        np.save(
-            tmp_path / "train" / place / "0.npy", np.zeros((*SIZE, 3)[: 2 + (place == "image")])
-        )
+        np.save(tmp_path / "train" / place / "0.npy", np.zeros(shape))
     tasks = [Task("labels", 4, "mask_classification"), Task("masks", 1, "balanced_bce")]
     assert open_dense(str(tmp_path), "train", tasks)[0].truth["labels"].shape == SIZE
     with pytest.raises(ValueError, match="no validation"):
