@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from samjax.data.images import IMAGE_EXTENSIONS, Notices, image_size, read_image, read_mask
@@ -124,7 +124,7 @@ def check_pairs(pairs: Sequence[Pair]) -> None:
 
 
 def open_pairs(
-    root: Path, split: str, seed: int, fractions: Fractions, kinds: Iterable[str]
+    root: Path, split: str, seed: int, fractions: Fractions, kinds: Sequence[str]
 ) -> tuple[Pair, ...]:
     """The pairs of one split, sorted by name. `kinds` are the folders that the truth may lie in.
 
@@ -177,7 +177,7 @@ def _has(root: Path, name: str) -> bool:
     return any((folder / name).is_dir() for folder in folders)
 
 
-def list_folder(folder: Path, kinds: Iterable[str] = (MASKS, LABELS)) -> Listing:
+def list_folder(folder: Path, kinds: Sequence[str] = (MASKS, LABELS)) -> Listing:
     """Pairs files by stem. Raises ValueError for a folder that is missing or without images."""
     images = _list_images(folder / "images")
     truths = _list_images(_truth_folder(folder, kinds))
@@ -202,10 +202,11 @@ def list_folder(folder: Path, kinds: Iterable[str] = (MASKS, LABELS)) -> Listing
     )
 
 
-def _truth_folder(folder: Path, kinds: Iterable[str]) -> Path:
+def _truth_folder(folder: Path, kinds: Sequence[str]) -> Path:
     if all((folder / kind).is_dir() for kind in (MASKS, LABELS)):
         raise ValueError(f"{folder} holds both {MASKS}/ and {LABELS}/: keep one of them")
-    return next((folder / kind for kind in kinds if (folder / kind).is_dir()), folder / MASKS)
+    usual = MASKS if MASKS in kinds else LABELS
+    return next((folder / kind for kind in kinds if (folder / kind).is_dir()), folder / usual)
 
 
 def _list_images(folder: Path) -> dict[str, list[Path]]:
