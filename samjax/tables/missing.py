@@ -64,7 +64,7 @@ def check_data(columns: Sequence[Column], asked: bool, console: Console) -> list
     for column in columns:
         try:
             if _unprepared(column.config):
-                unprepared.append(column.config.data.removeprefix(TFDS))
+                unprepared.append(_dataset(column.config))
                 continue
             open_sources(column.config, console)
         except (ValueError, OSError, RuntimeError) as error:
@@ -87,8 +87,12 @@ def _unprepared(config: Config) -> bool:
         return False
     from samjax.data.builders import default_data_dir, prepared_folder
 
-    name = config.data.removeprefix(TFDS)
-    return not prepared_folder(name, default_data_dir()).is_dir()
+    return not prepared_folder(_dataset(config), default_data_dir()).is_dir()
+
+
+def _dataset(config: Config) -> str:
+    """The dataset of tfds:NAME, or of a part of it, tfds:NAME/PART."""
+    return config.data.removeprefix(TFDS).partition("/")[0]
 
 
 @dataclasses.dataclass(frozen=True)

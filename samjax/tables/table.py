@@ -221,7 +221,8 @@ def tables_in(folder: Path) -> dict[str, str]:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, ValueError, OSError):
             continue
-        if any(isinstance(x, ast.FunctionDef) and x.name == "table" for x in tree.body):
+        functions = [x for x in tree.body if isinstance(x, ast.FunctionDef)]
+        if any(x.name == "table" and not x.args.args for x in functions):
             doc = (ast.get_docstring(tree) or "").partition("\n\n")[0]
             found[path.stem] = " ".join(doc.split())
     return found
