@@ -42,7 +42,7 @@ def sam_parser_column(name: str, title: str, metrics: tuple[Metric, ...] = (MIOU
         prompts=PromptConfig(none=0.0, box=1.0),
         loss=LossConfig("bce_dice", iou_weight=0.0),
         augment=NO_AUGMENTATION,
-        epochs=25 if medical else 10,
+        epochs=25.0 if medical else 10.0,
         batch_size=1,
         optimizer=OptimizerConfig(decoder_learning_rate=rate, weight_decay=decay, warmup=0.0),
     )
@@ -80,7 +80,7 @@ def conv_lora_column(
     data: str,
     metrics: tuple[Metric, ...],
     loss: str = "structure",
-    epochs: int = 30,
+    epochs: float = 30.0,
     rate: float = 1e-4,
     tasks: tuple[str, ...] = (),
 ) -> Column:
@@ -107,11 +107,11 @@ CONV_LORA_BINARY = (
     KVASIR,
     conv_lora_column("cvc_clinicdb", "CVC-612", "tfds:polyp/cvc_clinicdb", _POLYP_METRICS),
     conv_lora_column("isic2017", "ISIC 2017", "tfds:isic2017", _IOU),
-    conv_lora_column("camo", "CAMO", "tfds:camo", _POLYP_METRICS, epochs=20),
-    conv_lora_column("sbu_shadow", "SBU", "tfds:sbu_shadow", _IOU, epochs=10),
+    conv_lora_column("camo", "CAMO", "tfds:camo", _POLYP_METRICS, epochs=20.0),
+    conv_lora_column("sbu_shadow", "SBU", "tfds:sbu_shadow", _IOU, epochs=10.0),
     conv_lora_column("leaf_disease", "Leaf", "tfds:leaf_disease", _IOU, rate=3e-4),
     conv_lora_column(
-        "massachusetts_roads", "Road", "tfds:massachusetts_roads", _IOU, epochs=20, rate=3e-4
+        "massachusetts_roads", "Road", "tfds:massachusetts_roads", _IOU, epochs=20.0, rate=3e-4
     ),
 )
 _CLASSES = (
@@ -167,7 +167,7 @@ def ta_lora_column(
         data=f"tfds:{name}",
         tasks=tasks,
         method=MethodConfig("ta_lora"),
-        epochs=200,
+        epochs=200.0,
         batch_size=4,
         optimizer=OptimizerConfig(decoder_learning_rate=1e-3, weight_decay=1e-6, warmup=0.05),
     )

@@ -7,9 +7,10 @@ Protocol: a training step of SAM ViT-B with a box, one image of 1024 px. Publish
 paper's Table 4, parameters in units of 1024 with the mask decoder's among them, images a second
 on a device that it does not name. LoRA's total is a misprint there: 3963.2 and 144 are 4107.2.
 
-Here parameters are counted, and `--run` times the steps of all rows in turns, as `samjax bench
-methods` does, with random weights: speeds of two machines are not to be compared, but their
-ratios are. FacT, LoRA and the adapter are chosen by their numbers of parameters (`protocols.py`).
+Not the paper's: parameters are counted, and `--run` times the steps of all rows in turns, as
+`samjax bench methods` does, with random weights: speeds of two machines are not to be compared,
+but their ratios are. FacT, LoRA and the adapter are chosen by their numbers of parameters
+(`protocols.py`).
 
 What was measured: docs/performance.md's table of 2026-11-22, two cores of a CPU, float32; its
 spread over rounds is there. SAM-PARSER makes 0.955 of the steps that the decoder alone makes, the

@@ -51,7 +51,7 @@ def config() -> Config:
         image_size=(288, 384),
         tasks=("nyuv2",),
         method=MethodConfig("ta_lora"),
-        epochs=10,
+        epochs=10.0,
         batch_size=4,
         eval_batch_size=4,
         checkpoint_every=100,

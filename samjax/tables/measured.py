@@ -81,6 +81,8 @@ def flat_settings(config: Config, method: str) -> dict[str, Any]:
         else:
             flat[name] = value
     flat["eval_prompt"] = config.evaluation_prompt
+    if config.method.method == "decoder":  # whose rate it is
+        flat.pop("optimizer.learning_rate")
     # Steps, where they are set, say what epochs would.
     flat.pop("epochs" if config.steps is not None else "steps")
     if method == UNTRAINED:

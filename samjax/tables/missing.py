@@ -37,7 +37,8 @@ def missing(
     """The rows whose cell in a column is to be run at the column's settings.
 
     Not those that samjax cannot run, that have a run of every seed in `runs`, or that are recorded
-    with these seeds and the very settings: what was measured otherwise is no substitute.
+    with these seeds and the very settings: what was measured otherwise is no substitute, and of
+    speed what was measured elsewhere.
     """
     found = []
     for row in rows:
@@ -45,9 +46,10 @@ def missing(
             continue
         config_in(row, column)  # which says where a method cannot be
         wanted = flat_settings(column.config, method_in(row, column))
-        before = find_recorded(table, row, column, recorded)
-        own = read_runs(runs, row, column)[0]
-        there = [m for m in (*own, *([before] if before else [])) if m.settings() == wanted]
+        there = read_runs(runs, row, column)[0]
+        if (before := find_recorded(table, row, column, recorded)) and not column.timed:
+            there = [*there, before]
+        there = [measured for measured in there if measured.settings() == wanted]
         seedless = column.timed or row.method == UNTRAINED
         if not any(seedless or set(seeds) <= set(m.seeds) for m in there):
             found.append(row)

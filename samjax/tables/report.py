@@ -58,7 +58,23 @@ def _block(cells: Sequence[Cell], notes: _Notes) -> list[str]:
             row += [published.text if published else "-"] * both
             row.append(_measured(cell, metric, marks))
         rows.append(row)
-    return [f"## {column.title}", f"Protocol: {protocol(column)}.", _aligned(rows)]
+    said = [f"Protocol: {protocol(column)}.", *_measured_with(cells)]
+    return [f"## {column.title}", "\n".join(said), _aligned(rows)]
+
+
+def _measured_with(cells: Sequence[Cell]) -> list[str]:
+    """In which model and how long a column was measured, where any of it was."""
+    found: dict[str, bool] = {}
+    for cell in cells:
+        if cell.measured is None or cell.state not in ("own", "recorded"):
+            continue
+        config, steps = cell.measured.config, cell.measured.steps
+        text = f"{config.model} at {_said(config.image_size)} px"
+        text += "" if steps is None else f", {steps} steps"
+        found[text] = found.get(text, False) or bool(cell.differences())
+    unlike = {False: "", True: " (NOT THE PROTOCOL, see the notes)"}
+    texts = (text + unlike[differs] for text, differs in found.items())
+    return [f"Measured with: {'; '.join(texts)}."] if found else []
 
 
 def _measured(cell: Cell, metric: Metric, marks: str) -> str:

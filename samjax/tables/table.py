@@ -52,8 +52,8 @@ class Published:
         found = re.fullmatch(rf"({_NUMBER})(?:±({_NUMBER}))?", text)
         if found is None:
             raise ValueError(f"a published number is such as 82.9, 82.9±0.6 or -, not {text!r}")
-        deviation = found[2] and float(found[2])
-        return Published(float(found[1]), deviation or None, text.replace("±", " ± "))
+        deviation = None if found[2] is None else float(found[2])
+        return Published(float(found[1]), deviation, text.replace("±", " ± "))
 
 
 @dataclasses.dataclass(frozen=True)
