@@ -201,19 +201,23 @@ def compare(
         return comparison
 
 
-def check(runs: Sequence[Run], console: Console) -> None:
-    """Raises ValueError where data, weights or methods of runs to be done cannot be used."""
+def check(runs: Sequence[Run], console: Console, train_images: int | None = None) -> None:
+    """Raises ValueError where data, weights or methods of runs to be done cannot be used.
+
+    The data is opened, but where it is known how many images it has to train on.
+    """
     unfinished = [run for run in runs if not run.finished]
     if not unfinished:
         return
-    sources = open_sources(unfinished[0].config, console)
+    if train_images is None:
+        train_images = len(open_sources(unfinished[0].config, console)["train"])
     model, _ = open_model(unfinished[0].config)
     for run in {run.method: run for run in unfinished}.values():
         try:
             run.config.num_devices()
             spec = run.config.spec()
             peft_lib.report(spec, model)
-            check_stages(run.config, model, spec, len(sources["train"]))
+            check_stages(run.config, model, spec, train_images)
         except ValueError as error:
             raise ValueError(f"{run.method}: {error}") from None
 

@@ -25,7 +25,7 @@ from typing import Any
 from samjax.compare import label_of
 from samjax.comparison import Spread
 from samjax.config import Config, read_run_config
-from samjax.files import read_record, write_json
+from samjax.files import read_record, write_json, writing
 from samjax.method_text import with_method
 from samjax.tables.table import SPEED, UNTRAINED, Column, Row, method_in
 
@@ -240,7 +240,8 @@ def write_recorded(path: Path, new: Iterable[Measured]) -> int:
                 "metrics": {k: dataclasses.asdict(v) for k, v in measured.metrics.items()},
             }
         )
-    path.parent.mkdir(exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
     write_json(path, {"runs": list(runs.values())})
     return len(new)
 

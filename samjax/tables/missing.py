@@ -56,23 +56,27 @@ def missing(
     return found
 
 
-def check_data(columns: Sequence[Column], asked: bool, console: Console) -> list[Column]:
-    """The columns whose data can be used; opens all of it.
+def _is_there(row: Row, column: Column, runs: Path) -> bool:
+    """Whether an evaluation without training, with the column's settings, is in the runs by now."""
+    wanted = flat_settings(column.config, row.method)
+    return any(m.settings() == wanted for m in read_runs(runs, row, column)[0])
+
+
+def check_data(columns: Sequence[Column], asked: bool, console: Console) -> dict[str, int]:
+    """How many training images each column has whose data can be used, by name; opens all of it.
 
     The others are named together: left out with a notice, or, where they are `asked` for by name,
     or are all that there are, a ValueError.
     """
-    unprepared, broken, usable = [], [], []
+    unprepared, broken, usable = [], [], {}
     for column in columns:
         try:
             if _unprepared(column.config):
                 unprepared.append(_dataset(column.config))
                 continue
-            open_sources(column.config, console)
+            usable[column.name] = len(open_sources(column.config, console)["train"])
         except (ValueError, OSError, RuntimeError) as error:
             broken.append(f"{column.name}: {' '.join(str(error).split())}")
-        else:
-            usable.append(column)
     if unprepared:
         names = ", ".join(dict.fromkeys(unprepared))
         fix = "run `samjax data prepare NAME` for each, or give a folder with --data DATASET=PATH"
@@ -104,12 +108,16 @@ class Job:
     column: Column
     rows: tuple[Row, ...]  # that are missing
     runs: tuple[Run, ...]  # of trained methods
+    train_images: int
 
 
 def jobs_of(
-    columns: Mapping[str, tuple[Column, Sequence[Row]]], seeds: Sequence[int], runs: Path
+    columns: Mapping[str, tuple[Column, Sequence[Row]]],
+    train_images: Mapping[str, int],
+    seeds: Sequence[int],
+    runs: Path,
 ) -> list[Job]:
-    """What is to be done, by column and its missing rows.
+    """What is to be done, by column and its missing rows, and `check_data`'s counts.
 
     Raises as `samjax.compare.plan`, where a folder holds a run of other settings, for one.
     """
@@ -117,13 +125,20 @@ def jobs_of(
     jobs = []
     for column, rows in columns.values():
         texts = [method_in(row, column) for row in rows if row.method != UNTRAINED]
+        untrained = runs / column.name / label_of(UNTRAINED)
+        if len(texts) < len(rows) and (untrained / SUMMARY).is_file():
+            raise ValueError(
+                f"{untrained} holds an evaluation of other settings: choose another folder with "
+                "--runs, or delete it"
+            )
         planned: list[Run] = []
         if texts and not column.timed:
             try:
                 planned = plan(column.config, texts, seeds, runs / column.name)
             except ValueError as error:
                 raise ValueError(f"{error}; another folder is chosen with --runs") from None
-        jobs.append(Job(column, tuple(rows), tuple(planned)))
+        images = train_images.get(column.name, 0)
+        jobs.append(Job(column, tuple(rows), tuple(planned), images))
     return jobs
 
 
@@ -136,7 +151,7 @@ def run_jobs(
     `samjax.terminal.Interrupted` when the user stops.
     """
     for job in jobs:
-        check(job.runs, console)
+        check(job.runs, console, job.train_images)
     failures: dict[tuple[str, str], str] = {}
     for i, job in enumerate(jobs):
         folder = runs / job.column.name
@@ -159,7 +174,7 @@ def run_jobs(
                     if row.state == "failed" and row.method in by_text
                 }
             for row in job.rows:
-                if row.method == UNTRAINED and not read_runs(runs, row, job.column)[0]:
+                if row.method == UNTRAINED and not _is_there(row, job.column, runs):
                     _evaluate(job.column.config, folder / label_of(UNTRAINED), console)
         except (ValueError, OSError, MemoryError) as error:
             text = " ".join(str(error).split()) or type(error).__name__

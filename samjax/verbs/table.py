@@ -6,9 +6,8 @@ import dataclasses
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
@@ -31,7 +30,6 @@ class Table:
     compare` does, and goes on where it was stopped. Datasets that are not there are named at once,
     and the cells of the others run.
 
-    Example: samjax table nas_lora_table
     Example: samjax table conv_lora_binary --run --datasets kvasir_seg --methods lora conv_lora
     """
 
@@ -52,8 +50,8 @@ class Table:
     """Weights to run, a file or a name; left out, the paper's."""
     model: str | None = None
     """What the weights are, such as vit_t; left out, what their name says, else the paper's."""
-    image_size: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="SIDE|HEIGHT WIDTH")] = None
-    """The model's input in pixels; left out, the paper's."""
+    image_size: tuple[int, ...] | None = None
+    """The model's input in pixels, a side, or height and width; left out, the paper's."""
     epochs: float | None = None
     """Passes over the training split; left out, the paper's."""
     seeds: tuple[int, ...] = ()
@@ -151,9 +149,9 @@ def _run(
         console.print("no cell is missing")
         return {}, 0
     trained = [column for column, _ in to_do.values() if not column.timed]
-    usable = check_data(trained, bool(args.datasets), console) if trained else []
-    left = {n: job for n, job in to_do.items() if job[0].timed or job[0] in usable}
-    jobs = jobs_of(left, seeds, runs)
+    usable = check_data(trained, bool(args.datasets), console) if trained else {}
+    left = {name: job for name, job in to_do.items() if job[0].timed or name in usable}
+    jobs = jobs_of(left, usable, seeds, runs)
     return run_jobs(jobs, runs, command, console), len(to_do) - len(left)
 
 
