@@ -50,7 +50,7 @@ class Measured:
     date: str
     machine: str
     note: str = ""
-    # Where its runs are; None where they are recorded.
+    # Its column's, where its runs are; None where they are recorded.
     folder: Path | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -100,10 +100,10 @@ def read_runs(folder: Path, row: Row, column: Column) -> tuple[list[Measured], l
     at, method = folder / column.name, method_in(row, column)
     if column.timed:
         return _read_bench(at, method, column), []
-    own, when = at / label_of(method), "after"
-    files = list(own.glob(SUMMARY if method == UNTRAINED else f"seed_*/{SUMMARY}"))
+    inside = SUMMARY if method == UNTRAINED else f"seed_*/{SUMMARY}"
+    files, when = list((at / label_of(method)).glob(inside)), "after"
     if method == UNTRAINED and not files:  # every run is evaluated before training
-        own, when, files = at, "before", list(at.glob(f"*/seed_*/{SUMMARY}"))
+        files, when = list(at.glob(f"*/seed_*/{SUMMARY}")), "before"
     found = []
     for file in sorted(files, key=lambda file: file.stat().st_mtime):
         summary = read_record(file, "delete it, and the same command goes on")
@@ -131,7 +131,7 @@ def read_runs(folder: Path, row: Row, column: Column) -> tuple[list[Measured], l
             command=command.get("command", ""),
             date=last["date"],
             machine=command.get("machine", last["device"]),
-            folder=own,
+            folder=at,
         )
     ], notices
 

@@ -11,6 +11,7 @@ import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from samjax.bench import machine, methods
@@ -185,7 +186,8 @@ def run_jobs(
 
 
 def _note_command(folder: Path, command: str) -> None:
-    name = f"{machine.device_name()}, {machine.num_threads()} threads"
+    facts = {"device": machine.device_name(), "threads": machine.num_threads()}
+    name = machine.described({**facts, "jax": jax.__version__})
     today = datetime.date.today().isoformat()
     write_json(folder / COMMAND, {"command": command, "date": today, "machine": name})
 

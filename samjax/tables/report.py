@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from samjax.comparison import Spread
+from samjax.config import Config
 from samjax.problems import problem_of
 from samjax.tables.cells import Cell
 from samjax.tables.table import TRAINABLE, Column, Metric, Table
@@ -63,14 +64,14 @@ def _block(cells: Sequence[Cell], notes: _Notes) -> list[str]:
 
 
 def _measured_with(cells: Sequence[Cell]) -> list[str]:
-    """In which model and how long a column was measured, where any of it was."""
+    """With which model and budget a column was measured, where any of it was."""
     found: dict[str, bool] = {}
     for cell in cells:
         if cell.measured is None or cell.state not in ("own", "recorded"):
             continue
-        config, steps = cell.measured.config, cell.measured.steps
+        config = cell.measured.config
         text = f"{config.model} at {_said(config.image_size)} px"
-        text += "" if steps is None else f", {steps} steps"
+        text += "" if cell.column.timed else f", {_length(config)}"
         found[text] = found.get(text, False) or bool(cell.differences())
     unlike = {False: "", True: " (NOT THE PROTOCOL, see the notes)"}
     texts = (text + unlike[differs] for text, differs in found.items())
@@ -115,7 +116,7 @@ def _where(cell: Cell) -> str:
     seeds = "" if not measured.seeds else f", {_seeds(measured.seeds)}"
     steps = "" if measured.steps is None else f", {measured.steps} steps"
     if measured.folder is not None:
-        begin = f"run in {measured.folder.parent}{steps}{seeds}, {measured.date}"
+        begin = f"run in {measured.folder}{steps}{seeds}, {measured.date}"
     else:
         begin = f"recorded, {measured.date}{steps}{seeds}"
     weights = Path(measured.config.weights).name
@@ -147,14 +148,12 @@ def _said(value: Any) -> str:
 def protocol(column: Column) -> str:
     """What a run of a column is, in one line."""
     config = column.config
-    size = "its own" if config.image_size is None else _said(config.image_size)
-    parts = [f"{config.model} at {size} px, batch {config.batch_size}"]
+    parts = [f"{config.model} at {_said(config.image_size)} px, batch {config.batch_size}"]
     if column.timed:
         return f"{parts[0]}; training steps timed by `samjax bench methods`, random weights"
-    length = f"{config.steps} steps" if config.steps else f"{config.epochs:g} epochs"
     rate = column.learning_rate
     parts += [
-        length,
+        _length(config),
         f"learning rate {'of each method' if rate is None else format(rate, 'g')}, of the mask "
         f"decoder {config.optimizer.decoder_learning_rate:g}",
         f"weight decay {config.optimizer.weight_decay:g}",
@@ -163,6 +162,10 @@ def protocol(column: Column) -> str:
         f"data {config.data}",
     ]
     return ", ".join(parts)
+
+
+def _length(config: Config) -> str:
+    return f"{config.steps} steps" if config.steps else f"{config.epochs:g} epochs"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -16,7 +16,7 @@ from samjax.tables.table import UNTRAINED, Column, Metric, Row, Table
 
 def table():
     config = Config(
-        weights={weights!r}, data={data!r}, model="small",
+        weights={weights!r}, data={data!r},
         steps=3, batch_size=2, eval_batch_size=2, gallery=2, log_every=1,
     )
     metrics = (Metric("dice", "DSC"),)
@@ -44,7 +44,6 @@ def table(files, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "datasets"))
     (tmp_path / "experiments").mkdir()
     text = TABLE.format(weights=str(files / "small"), data=str(files / "data"))
-    text = text.replace('model="small"', 'model="auto"')
     (tmp_path / "experiments/tiny.py").write_text(text)
     return tmp_path
 
