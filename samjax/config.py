@@ -11,25 +11,25 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.util
-import math
 import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
 from jax.sharding import Mesh
 from rich.console import Console
 
+from samjax.config_checks import check
 from samjax.data.augment import AugmentConfig
 from samjax.data.dense_augment import DenseAugmentConfig
 from samjax.data.prompts import PromptConfig
+from samjax.evaluation.metrics import DEFAULT, METRICS
 from samjax.files import read_record
 from samjax.models.attention import AttentionKind
 from samjax.peft.method_config import MethodConfig
-from samjax.peft.recipes import RECIPES
 from samjax.peft.spec import PeftSpec, Rule, Train
 from samjax.tasks import Task
 from samjax.tasks import parse as parse_tasks
@@ -91,6 +91,14 @@ class Config:
     # The prompt in evaluation: none, or the truth's box, or its most central point; left out, the
     # kind that weighs most in training.
     eval_prompt: Literal["none", "box", "point"] | None = None
+    # Each edge of an evaluation's box moves outward by a whole number of pixels of the model's
+    # input from 0 to this, which split_seed and the sample's name alone draw: all runs with one
+    # input size have the same boxes.
+    eval_box_outward: int = 0
+    # What an evaluation measures of masks, by the names in docs/metrics.md; left out, dice, iou,
+    # s_measure, mean_e_measure, weighted_f_measure and mae. Dense tasks have the metrics of their
+    # losses.
+    metrics: tuple[str, ...] = ()
     # Passes over the training split; `steps` takes precedence where it is given.
     epochs: float = 10.0
     # Optimiser steps in all.
@@ -125,8 +133,8 @@ class Config:
     checkpoint_every: int = 100
     # Steps between two evaluations on the validation split; left out, there are none.
     validate_every: int | None = None
-    # What validations compare: dice or iou, the mean over images; of dense tasks TASK/METRIC, such
-    # as depth/absolute_error. Left out, dice, or the first metric of the first task.
+    # What validations compare: one of the metrics; of dense tasks TASK/METRIC, such as
+    # depth/absolute_error. Left out, the first of the metrics, or of the first task's.
     best_metric: str | None = None
     # The state that becomes the adapter: the last one, or the one of the best validation.
     keep: Literal["last", "best"] = "last"
@@ -136,82 +144,7 @@ class Config:
     gallery: int = 6
 
     def __post_init__(self) -> None:
-        _check_choices(self)
-        for name in (
-            "tasks_per_step",
-            "batch_size",
-            "accumulate",
-            "eval_batch_size",
-            "fsdp",
-            "log_every",
-            "checkpoint_every",
-            "validate_every",
-            "patience",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        if self.validate_every is None:
-            if self.keep == "best":
-                raise ValueError("keep best compares validations: set validate_every, or keep last")
-            if self.patience is not None:
-                raise ValueError("patience counts validations: set validate_every, or leave it out")
-        self._check_tasks()
-        if self.cache_features == "on" and self.image_changes:
-            raise ValueError(
-                f"cache_features on needs images that no epoch changes, and "
-                f"{self.image_changes[0]} changes them: turn that off, or leave cache_features out"
-            )
-        if self.objects == "each" and (self.prompts.none or self.evaluation_prompt == "none"):
-            raise ValueError(
-                "with objects each a prompt must tell which object is meant: set prompts.none to 0 "
-                "and prompts.box or prompts.points to 1, and no eval_prompt none"
-            )
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}"
-            )
-        if (
-            any(stage.split for stage in self.parsed_stages())
-            and (self.batch_size // self.accumulate) % 2
-        ):
-            raise ValueError(
-                "a stage with split takes half of each batch from each half of the data: choose an "
-                f"even number of images, not {self.batch_size // self.accumulate} at a time"
-            )
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must lie in [0, 2**32), not {self.seed}")
-        if not math.isfinite(self.epochs):
-            raise ValueError(f"epochs must be finite, not {self.epochs}; --steps sets the steps")
-        if (self.steps is not None and self.steps < 1) or not self.epochs > 0 or self.gallery < 1:
-            raise ValueError("steps, epochs and gallery must be positive")
-
-    def _check_tasks(self) -> None:
-        """Raises ValueError for tasks, or a metric, that cannot be."""
-        tasks = self.parsed_tasks()
-        if not tasks and self.task_weighting != "fixed":
-            raise ValueError("task_weighting weighs dense tasks: name them with tasks")
-        if not tasks and RECIPES[self.method.method].dense:
-            self.method.spec()  # which says so
-        if tasks and (self.objects == "each" or self.classes):
-            raise ValueError("dense tasks have no objects: leave out objects and classes")
-        if not tasks and self.tasks_per_step is not None:
-            raise ValueError("tasks_per_step draws dense tasks: name them with tasks")
-        if self.tasks_per_step is not None and self.tasks_per_step > len(tasks):
-            raise ValueError(
-                f"tasks_per_step is {self.tasks_per_step}, and there are {len(tasks)} dense tasks: "
-                "draw fewer, or leave it out to train all"
-            )
-        if tasks and self.eval_prompt is not None:
-            raise ValueError("dense tasks take no prompt: leave out eval_prompt")
-        known = [f"{task.name}/{metric}" for task in tasks for metric in task.metrics]
-        known = known or ["dice", "iou"]
-        if self.best_metric is not None and self.best_metric not in known:
-            nearest = difflib.get_close_matches(self.best_metric, known, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"best_metric must be one of {', '.join(known)}, not {self.best_metric!r}; the "
-                f"nearest is {nearest}"
-            )
+        check(self)
 
     def parsed_tasks(self) -> tuple[Task, ...]:
         """The dense tasks; () where the run learns masks."""
@@ -225,11 +158,17 @@ class Config:
         return PeftSpec((*spec.rules, Rule("log_variance/*", Train(group="decoder"))))
 
     @property
+    def measured(self) -> tuple[str, ...]:
+        """What an evaluation measures of masks."""
+        return tuple(dict.fromkeys(self.metrics)) or DEFAULT
+
+    @property
     def best(self) -> tuple[str, bool]:
         """The metric that validations compare, and whether more of it is better."""
         tasks = {task.name: task for task in self.parsed_tasks()}
         if not tasks:
-            return self.best_metric or "dice", True
+            name = self.best_metric or self.measured[0]
+            return name, METRICS[name].more
         first = next(iter(tasks.values()))
         name = self.best_metric or f"{first.name}/{next(iter(first.metrics))}"
         task, _, metric = name.partition("/")
@@ -313,6 +252,7 @@ class Config:
         data = self.to_json()
         data["method"] = self.method.resolved()
         data["optimizer"]["learning_rate"] = self.learning_rate
+        data["metrics"] = () if self.tasks else self.measured
         data["best_metric"] = self.best[0]
         data["stages"] = self.method.stages if self.stages is None else self.stages
         return data
@@ -353,23 +293,6 @@ def _of_this_version(data: Any) -> Any:
             rate = _rebuild(MethodConfig, data.get("method", {}), "method.").learning_rate
         data["optimizer"] = {**optimizer, "decoder_learning_rate": rate}
     return data
-
-
-def _check_choices(config: Config) -> None:
-    """Raises ValueError for a value that its setting does not have.
-
-    The command line checks flags; this is for experiment files and `config.json`.
-    """
-    for name, hint in get_type_hints(type(config)).items():
-        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-        choices = [x for kind in kinds if get_origin(kind) is Literal for x in get_args(kind)]
-        value = getattr(config, name)
-        if choices and value not in choices and not (value is None and type(None) in kinds):
-            nearest = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"{name} must be one of {', '.join(choices)}, not {value!r}; the nearest is "
-                f"{nearest}"
-            )
 
 
 def _rebuild(cls: type, data: Any, inside: str = "") -> Any:

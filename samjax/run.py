@@ -118,15 +118,18 @@ def _evaluate_with_bar(
     return found
 
 
-def finished_run_config(run: Path, **changes: str | None) -> Config:
+def finished_run_config(run: Path, **changes: Any) -> Config:
     """The config of a finished run, with those of `changes` (by field) that are not None.
 
+    With other metrics it has no best one, which is about validations.
     Raises ValueError where there is no run, FileNotFoundError where it is not finished.
     """
     config = read_run_config(run)
     if not (run / ADAPTER).is_file():
         raise FileNotFoundError(f"{run} is not finished; go on with `samjax train` and --resume")
     given = {name: value for name, value in changes.items() if value is not None}
+    if "metrics" in given:
+        given["best_metric"] = None
     return dataclasses.replace(config, **given)
 
 
@@ -228,7 +231,7 @@ def train(
     if before_in is not None:
         check_inputs(before_in, inputs, config)
         known_before = Evaluation.read_csv(before_in / BEFORE)
-        if known_before.per_image.keys() != problem.titles.keys():  # an older samjax measured less
+        if known_before.mean.keys() != problem.titles.keys():  # an older samjax measured less
             known_before = None
     base = place(peft_lib.start(spec, model, params, jax.random.key(config.seed)), config.mesh())
 

@@ -77,10 +77,15 @@ def test_the_parts_of_an_evaluation(capsys, quick_compilation):
     options = ("--model", "tiny", "--batch-size", "2", "--truth-size", "40", "60", "--rounds", "2")
     result, shown = bench(capsys, "eval", *options)
     rows = {row["part"]: row for row in result["parts"]}
-    assert list(rows) == ["model", "overlap", "saliency"] and rows["model"]["ratio"] == 1
-    assert rows["model"]["flops"] > rows["overlap"]["flops"] > 0
-    assert rows["saliency"]["flops"] is None and rows["saliency"]["images_per_second"] > 0
-    assert "images of 40 x 60 px" in shown
+    assert list(rows) == ["model", "counts", "saliency", "hd95"] and rows["model"]["ratio"] == 1
+    assert rows["model"]["flops"] > rows["counts"]["flops"] > 0
+    metrics = [rows[part] for part in ("counts", "saliency", "hd95")]
+    for row in metrics:
+        assert row["pixels_per_second"] == pytest.approx(row["images_per_second"] * 40 * 60)
+    assert rows["saliency"]["flops"] is None and rows["model"]["pixels_per_second"] is None
+    together = result["metrics_pixels_per_second"]["2"]
+    assert together == pytest.approx(2 * 40 * 60 / sum(row["seconds"] for row in metrics))
+    assert "images of 40 x 60 px" in shown and "million pixels/s in batches of 2" in shown
 
 
 def test_the_pipeline_beside_its_step(capsys, monkeypatch, tmp_path):

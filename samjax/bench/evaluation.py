@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +20,16 @@ from samjax.bench.inputs import model_config, random_batch, random_params
 from samjax.bench.programs import DoesNotFit, Program
 from samjax.bench.rounds import check_rounds, ratios, take_turns
 from samjax.bench.tables import size, spread
-from samjax.evaluation.evaluate import measure as measure_overlap
+from samjax.evaluation.evaluate import measure as measure_counts
 from samjax.evaluation.evaluate import on_one_device, postprocessing, predict
 from samjax.evaluation.saliency import saliency
+from samjax.evaluation.surface import hd95
 from samjax.models import Sam
 from samjax.peft import as_computed
+from samjax.preprocess import MASK_THRESHOLD
 
 # What an evaluation does with each batch, in order.
-PARTS = ("model", "overlap", "saliency")
+PARTS = ("model", "counts", "saliency", "hd95")
 
 
 def measure(
@@ -40,9 +43,10 @@ def measure(
 ) -> dict[str, Any]:
     """Times the parts of an evaluation with boxes, for images of `truth_size` (height, width).
 
-    model: image to logits. overlap: logits to masks at the image's size, and their Dice and IoU.
-    saliency: the measures that the host's threads compute. Raises ValueError for a model or a size
-    that there is not, and RuntimeError where a batch does not fit into memory.
+    model: image to logits. counts: logits to masks at the image's size, and the counts that Dice,
+    IoU and all metrics of sets are made of. saliency and hd95: what the host's threads compute.
+    Raises ValueError for a model or a size that there is not, and RuntimeError where a batch does
+    not fit into memory.
     """
     model = Sam(model_config(model_name, image_size), dtype=jnp.dtype(dtype))
     check_rounds(rounds)
@@ -58,13 +62,14 @@ def measure(
             for batch_size in batch_sizes:
                 key = str(batch_size)
                 made = _programs(model, variables, batch_size, truth_size)
-                programs["model", key], programs["overlap", key] = made
+                programs["model", key], programs["counts", key] = made
                 calls |= {(part, key): programs[part, key].run for part in PARTS[:2]}
-                calls["saliency", key] = _saliency(threads, batch_size, truth_size)
+                calls["saliency", key] = _on_host(threads, batch_size, truth_size, _saliency)
+                calls["hd95", key] = _on_host(threads, batch_size, truth_size, _surface)
             seconds = take_turns(calls, rounds, console)
         except DoesNotFit as error:
             raise RuntimeError(f"a batch {error}: lower --batch-size or --image-size") from None
-    parts = []
+    parts, per_image = [], math.prod(truth_size)
     for (part, key), taken in seconds.items():
         program = programs.get((part, key))
         median = float(np.median(taken))
@@ -73,6 +78,7 @@ def measure(
                 "part": part,
                 "batch_size": int(key),
                 "images_per_second": int(key) / median,
+                "pixels_per_second": None if part == "model" else int(key) * per_image / median,
                 "seconds": median,
                 "all_seconds": taken,
                 **ratios(seconds["model", key], taken),
@@ -89,13 +95,17 @@ def measure(
         "dtype": dtype,
         "rounds": rounds,
         "parts": parts,
+        "metrics_pixels_per_second": {
+            str(b): b * per_image / sum(float(np.median(seconds[p, str(b)])) for p in PARTS[1:])
+            for b in batch_sizes
+        },
     }
 
 
 def _programs(
     model: Sam, variables: Any, batch_size: int, truth_size: tuple[int, int]
 ) -> tuple[Program, Program]:
-    """The model, and the overlap of what it gives with a truth."""
+    """The model, and the counts of what it gives beside a truth."""
     batch = random_batch(model.config, batch_size)
     inputs = {key: batch[key] for key in ("image", "input_size", "coords", "labels")}
     mesh = on_one_device(batch_size).mesh
@@ -103,7 +113,7 @@ def _programs(
     logits = np.random.default_rng(0).normal(size=(batch_size, *model.config.low_res_shape))
     truths = list(_truths(batch_size, truth_size))
     after = jax.device_put((logits.astype(np.float32), *postprocessing(model, truths)))
-    return Program(forward, variables, jax.device_put(inputs)), Program(measure_overlap, *after)
+    return Program(forward, variables, jax.device_put(inputs)), Program(measure_counts, *after)
 
 
 def _truths(batch_size: int, size: tuple[int, int]) -> np.ndarray:
@@ -112,18 +122,28 @@ def _truths(batch_size: int, size: tuple[int, int]) -> np.ndarray:
     return np.repeat((rows[:, None] ** 2 + columns**2 < 0.5)[None], batch_size, axis=0)
 
 
-def _saliency(
-    threads: ThreadPoolExecutor, batch_size: int, size: tuple[int, int]
+def _saliency(logits: np.ndarray, truth: np.ndarray) -> Any:
+    return saliency(special.expit(logits), truth)
+
+
+def _surface(logits: np.ndarray, truth: np.ndarray) -> Any:
+    return hd95(logits > MASK_THRESHOLD, truth)
+
+
+def _on_host(
+    threads: ThreadPoolExecutor,
+    batch_size: int,
+    size: tuple[int, int],
+    work: Callable[[np.ndarray, np.ndarray], Any],
 ) -> Callable[[], float]:
-    """Takes the measures of a batch, as `samjax.evaluation.evaluate` does, and returns seconds."""
+    """Measures a batch, as `samjax.evaluation.evaluate` does, and returns seconds."""
     truths = _truths(batch_size, size)
+    # Noise has the longest outlines that there are.
     maps = np.random.default_rng(0).normal(size=truths.shape).astype(np.float32) + truths
 
     def run() -> float:
         start = time.perf_counter()
-        list(
-            threads.map(lambda logits, truth: saliency(special.expit(logits), truth), maps, truths)
-        )
+        list(threads.map(work, maps, truths))
         return time.perf_counter() - start
 
     return run
@@ -132,24 +152,29 @@ def _saliency(
 def caption(result: Mapping[str, Any]) -> str:
     """One sentence on what was measured, and where."""
     (height, width), (truth_height, truth_width) = result["image_size"], result["truth_size"]
+    together = ", ".join(
+        f"{pixels / 1e6:.3g} million pixels/s in batches of {batch_size}"
+        for batch_size, pixels in result["metrics_pixels_per_second"].items()
+    )
     return (
         f"{machine.described(result)}; evaluation of {result['model']} at {height} x {width} px, "
         f"{result['dtype']}, images of {truth_height} x {truth_width} px; median of "
-        f"{result['rounds']} rounds at load {result['load']:.1f}."
+        f"{result['rounds']} rounds at load {result['load']:.1f}. All metrics together: {together}."
     )
 
 
 def rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The table, its head first."""
-    head = ("part", "batch", "images/s", "seconds", "model = 1", "least to most")
+    head = ("part", "batch", "images/s", "Mpixel/s", "seconds", "model = 1", "least to most")
     table: list[tuple[str, ...]] = [(*head, "GFLOP", "temporary", "compiled in")]
     for row in result["parts"]:
-        compiled = row["compile_seconds"]
+        compiled, pixels = row["compile_seconds"], row["pixels_per_second"]
         table.append(
             (
                 row["part"],
                 str(row["batch_size"]),
                 f"{row['images_per_second']:.4g}",
+                "-" if pixels is None else f"{pixels / 1e6:.3g}",
                 f"{row['seconds']:.3g}",
                 f"{row['ratio']:.3g}",
                 spread(row["ratio_range"]),

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import grain
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int, Int32
 
 from samjax.data.augment import AugmentConfig
 from samjax.data.augment import augment as augment_sample
@@ -23,6 +23,8 @@ from samjax.data.prompts import (
     box_of,
     central_point,
     encode_prompt,
+    move_outward,
+    moves_of,
     pad_prompt,
     sample_prompt,
 )
@@ -43,13 +45,17 @@ def prepare_sample(
     labels: Int32[np.ndarray, " n"],
     frame: Frame,
     features: np.ndarray | None = None,
+    moves: Int[np.ndarray, "4"] | None = None,
 ) -> Batch:
     """One sample as the model takes it, for training and evaluation alike.
 
-    `coords` are pixels of the sample's image. Returns what `prepare_input` does; coords (n, 2)
-    float32 in pixels of the model's input; labels (n,) int32.
+    `coords` are pixels of the sample's image, and `moves` those of the model's input by which the
+    edges of a box move outward (`samjax.data.prompts.move_outward`). Returns what `prepare_input`
+    does; coords (n, 2) float32 in pixels of the model's input; labels (n,) int32.
     """
     scaled = scale_coords(coords, sample.mask.shape, frame).astype(np.float32)
+    if moves is not None:
+        scaled = move_outward(scaled, labels, moves, frame.resized_shape(*sample.mask.shape))
     return {**prepare_input(sample.image, frame, features), "coords": scaled, "labels": labels}
 
 
@@ -91,7 +97,8 @@ def train_batches(
         sample = Sample(sample.name, *augment_sample(rng, sample.image, sample.mask, augment))
         coords, labels = sample_prompt(rng, sample.mask, prompts)
         given = None if features is None else features(index)
-        prepared = prepare_sample(sample, coords, labels, frame, given)
+        moves = rng.integers(0, prompts.box_outward + 1, 4) if prompts.box_outward else None
+        prepared = prepare_sample(sample, coords, labels, frame, given, moves)
         return {**prepared, "mask": prepare_mask(sample.mask, frame)}
 
     return training_stream(
@@ -182,15 +189,18 @@ def eval_batches(
     frame: Frame,
     batch_size: int,
     prompts_for: Literal["none", "box", "point"],
+    outward: int = 0,
+    seed: int = 0,
     rows: Sequence[int] | None = None,
     num_threads: int = 2,
 ) -> Iterator[Batch]:
-    """One pass over the source in order, without randomness.
+    """One pass over the source in order, the same each time.
 
     Each batch has image, input_size, coords and labels as `prepare_sample` gives them with a
     leading batch axis, and what `one_pass` adds; truths are (h, w) bool masks of the original
     sizes. `prompts_for` chooses no prompt, the box of the truth, or its most central point; an
-    empty truth has no prompt.
+    empty truth has no prompt. The edges of a box move outward by 0 to `outward` pixels of the
+    model's input, which are a function of `seed` and the sample's name.
     """
     check_batch(source, batch_size)
     if prompts_for not in EVAL_SLOTS:
@@ -199,7 +209,8 @@ def eval_batches(
     def load(index: int) -> Batch:
         sample = source[index]
         coords, labels = pad_prompt(*_truth_prompt(sample, prompts_for), EVAL_SLOTS[prompts_for])
-        prepared = prepare_sample(sample, coords, labels, frame)
+        moves = moves_of(sample.name, seed, outward) if outward else None
+        prepared = prepare_sample(sample, coords, labels, frame, moves=moves)
         return {**prepared, "truth": sample.mask, "name": sample.name}
 
     return one_pass(load, source, batch_size, rows, num_threads)

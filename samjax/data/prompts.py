@@ -10,10 +10,11 @@ where there are points and no box, then the two corners of the box.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float32, Int, Int32
 from numpy.typing import ArrayLike
 
 ABSENT = -2
@@ -40,6 +41,10 @@ class PromptConfig:
     # Each edge of a box moves by a uniform share of the box's side in [-box_jitter, box_jitter],
     # clipped to the image.
     box_jitter: float = 0.1
+    # In place of that: each edge of a box moves outward by a whole number of pixels of the model's
+    # input (after resizing, before padding), uniform from 0 to this, clipped to the image. MedSAM
+    # has 20, at 1024 px; SAM-PARSER's script has 19 on a grid of 256, which at 1024 px is 76.
+    box_outward: int = 0
     # The most points of a prompt; the number is uniform.
     max_points: int = 3
     # Every point but the first falls outside the mask with probability 1/2.
@@ -60,6 +65,13 @@ class PromptConfig:
                 "box_jitter must lie in [0, 0.5), since opposite edges could cross at 0.5, but is "
                 f"{self.box_jitter}"
             )
+        if self.box_outward < 0:
+            raise ValueError(f"box_outward must not be negative, but is {self.box_outward}")
+        if self.box_outward and self.box_jitter:
+            raise ValueError(
+                f"box_outward {self.box_outward} moves a box's edges in place of box_jitter "
+                f"{self.box_jitter}: set box_jitter to 0, or leave box_outward out"
+            )
         if self.max_points < 1:
             raise ValueError(f"max_points must be at least 1, but is {self.max_points}")
         if self.corrective_points < 0:
@@ -78,7 +90,8 @@ def sample_prompt(
 ) -> tuple[Float32[np.ndarray, "n 2"], Int32[np.ndarray, " n"]]:
     """Draws one prompt for a mask; coords are pixels of the mask, n is `config.slots`.
 
-    An empty mask has no box and no point inside: its prompt is of the kind `none`.
+    An empty mask has no box and no point inside: its prompt is of the kind `none`. What
+    `box_outward` does, in pixels of the model's input, is left to `move_outward`.
     """
     weights = np.array([config.none, config.box, config.points], np.float64)
     kind = ("none", "box", "points")[rng.choice(3, p=weights / weights.sum())]
@@ -89,6 +102,35 @@ def sample_prompt(
     else:
         prompt = encode_prompt(*_sample_points(rng, mask, config), None)
     return pad_prompt(*prompt, config.slots)
+
+
+def move_outward(
+    coords: Float32[np.ndarray, "n 2"],
+    labels: Int32[np.ndarray, " n"],
+    moves: Int[np.ndarray, "4"],
+    size: tuple[int, int],
+) -> Float32[np.ndarray, "n 2"]:
+    """A prompt whose box, where it has one, is larger: coords are pixels of the model's input.
+
+    `moves` are the pixels by which its left, upper, right and lower edges move outward; `size` is
+    the image's (height, width) within the input, which the box stays in.
+    """
+    height, width = size
+    moved = coords.copy()
+    upper_left, lower_right = labels == BOX_UPPER_LEFT, labels == BOX_LOWER_RIGHT
+    moved[upper_left] = np.maximum(coords[upper_left] - moves[:2], 0)
+    moved[lower_right] = np.minimum(coords[lower_right] + moves[2:], (width, height))
+    return moved
+
+
+def moves_of(name: str, seed: int, most: int) -> Int[np.ndarray, "4"]:
+    """Whole numbers from 0 to `most`, uniform over names, that depend on name and seed alone.
+
+    They are bytes of a hash, so that they are the same everywhere and with every version of NumPy.
+    """
+    digest = hashlib.sha256(f"box/{seed}/{name}".encode()).digest()
+    draws = (int.from_bytes(digest[i : i + 8], "big") for i in range(0, 32, 8))
+    return np.array([draw % (most + 1) for draw in draws])
 
 
 def encode_prompt(

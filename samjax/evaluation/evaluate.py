@@ -1,4 +1,4 @@
-"""Measures a model over a set: jitted, at each image's own resolution, with one row per image."""
+"""Measures a model over a set: jitted, at each image's own resolution, with one row per sample."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from scipy import special
 
-from samjax.evaluation.metrics import overlap
+from samjax.evaluation.metrics import METRICS, Counts, count, of_samples, of_set
 from samjax.evaluation.saliency import saliency
+from samjax.evaluation.surface import hd95
 from samjax.files import write_beside
 from samjax.hosts import gather
 from samjax.models import Prompts, Sam
@@ -33,32 +34,33 @@ _BUCKET = 64
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Metrics of every image, in order, and of the whole set."""
+    """Metrics of every sample, in order, and of the whole set."""
 
     names: tuple[str, ...]
     per_image: dict[str, np.ndarray]
-    # Metrics of the set that are no means over its images, such as those of dense tasks.
-    of_set: dict[str, float] | None = None
+    # Metrics of the set that are no means over its samples: all of dense tasks', some of masks'.
+    of_set: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def mean(self) -> dict[str, float]:
-        """Each metric of the set: its mean over images, where it is one."""
-        if self.of_set is not None:
-            return self.of_set
-        return {key: float(np.mean(values)) for key, values in self.per_image.items()}
+        """Each metric of the set: its mean over samples, where it is one."""
+        means = {key: float(np.mean(x)) for key, x in self.per_image.items()}
+        return means | self.of_set
 
     def write_csv(self, path: Path) -> None:
-        """One row per image: its name, then each metric; last those of the set, if no means."""
+        """One row per sample: its name, then each metric; last those of the set, if no means."""
         with (
             write_beside(path) as temporary,
             open(temporary, "w", newline="", encoding="utf-8") as file,
         ):
             writer = csv.writer(file)
-            writer.writerow(["name", *self.per_image])
-            columns = [[f"{v:.6f}" for v in values] for values in self.per_image.values()]
-            writer.writerows(zip(self.names, *columns, strict=True))
-            if self.of_set is not None:
-                writer.writerow([_SET, *(f"{value:.6f}" for value in self.of_set.values())])
+            metrics = list(self.mean)
+            writer.writerow(["name", *metrics])
+            for i, name in enumerate(self.names):
+                own = {metric: values[i] for metric, values in self.per_image.items()}
+                writer.writerow([name, *_cells(own, metrics)])
+            if self.of_set:
+                writer.writerow([_SET, *_cells(self.of_set, metrics)])
 
     @staticmethod
     def read_csv(path: Path) -> Evaluation:
@@ -66,14 +68,24 @@ class Evaluation:
         try:
             with open(path, newline="", encoding="utf-8") as file:
                 (_, *metrics), *rows = csv.reader(file)
-            last = rows.pop()[1:] if rows[-1][0] == _SET else None
-            columns = list(zip(*rows, strict=True))
-            values = zip(metrics, columns[1:], strict=True)
-            per_image = {key: np.array(column, np.float64) for key, column in values}
-            of_set = last and {k: float(v) for k, v in zip(metrics, last, strict=True)}
-            return Evaluation(columns[0], per_image, of_set)
+            last = rows.pop()[1:] if rows[-1][0] == _SET else [""] * len(metrics)
+            names, *columns = zip(*rows, strict=True)
+            per_image = {
+                key: np.array(column, np.float64)
+                for key, column in zip(metrics, columns, strict=True)
+                if any(column)  # else it is of the set alone
+            }
+            of_set = {key: float(x) for key, x in zip(metrics, last, strict=True) if x}
+            if per_image.keys() | of_set.keys() != set(metrics):
+                raise ValueError
+            return Evaluation(names, per_image, of_set)
         except (ValueError, IndexError, csv.Error):
             raise ValueError(f"{path} is damaged: delete it, and evaluate again") from None
+
+
+def _cells(values: dict[str, Any], metrics: Sequence[str]) -> list[str]:
+    """As many as there are metrics, empty where one is none of the values."""
+    return [f"{values[metric]:.6f}" if metric in values else "" for metric in metrics]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -90,14 +102,14 @@ def predict(model: Sam, mesh: Mesh, variables: Any, batch: dict[str, Any]) -> Fl
 
 @jax.jit
 def measure(logits: Any, rows: Any, columns: Any, truth: Any) -> tuple[dict[str, Any], Any, Any]:
-    """Overlap, masks and logits at the images' own resolutions, padded to a common size.
+    """Counts, masks and logits at the images' own resolutions, padded to a common size.
 
     `rows` (b, h, l) and `columns` (b, w, m) are the post-processing matrices of each image, zero
     where it is smaller than (h, w); `truth` (b, h, w) is False there.
     """
     full = jnp.einsum("bih,bhw,bjw->bij", rows, logits, columns, precision="highest")
     masks = full > MASK_THRESHOLD
-    return overlap(masks, truth), masks, full
+    return count(masks, truth), masks, full
 
 
 def evaluate(
@@ -106,15 +118,15 @@ def evaluate(
     batches: Iterator[dict[str, Any]],
     on_batch: Callable[[dict[str, Any], np.ndarray], None] = lambda batch, masks: None,
     *,
-    with_saliency: bool = False,
+    metrics: Sequence[str] = ("dice", "iou"),
     layout: BatchLayout | None = None,
 ) -> Evaluation:
     """Runs a model over `samjax.data.pipeline.eval_batches`; mask 0 of each prompt counts.
 
     The model compiles once, whatever the sizes of the images. `on_batch(batch, masks)` sees each
     batch with its predicted masks (b, h, w), padded below and to the right to a common size. The
-    metrics are those of `overlap`, and `with_saliency` those of `saliency`, which the host's
-    threads compute while the model sees the next batch.
+    `metrics` are of `samjax.evaluation.metrics.METRICS`; those that need more of a sample than its
+    counts, the host's threads compute while the model sees the next batch.
 
     `layout` is how batches are spread over devices; left out, one device has them. Of several
     processes each gives, and sees, its own rows of a batch, and all return the whole evaluation.
@@ -130,6 +142,9 @@ def evaluate(
                 collected.setdefault(key, []).append(np.array([value]))
         pending.clear()
 
+    maps = [name for name in metrics if METRICS[name].of == "map"]
+    surface = "hd95" in metrics
+
     with ThreadPoolExecutor() as threads:
         for batch in batches:
             valid = batch["valid"]
@@ -139,21 +154,32 @@ def evaluate(
             with jax.set_mesh(layout.mesh):
                 logits = predict(model, layout.mesh, variables, layout.place(inputs))
             logits = layout.local(logits)
-            metrics, masks, full = measure(logits, *postprocessing(model, batch["truth"]))
+            counts, masks, full = measure(logits, *postprocessing(model, batch["truth"]))
             indices.append(batch["index"][valid])
             names += [name for name, use in zip(batch["names"], valid, strict=True) if use]
-            for key, values in metrics.items():
-                collected.setdefault(key, []).append(np.asarray(values)[valid])
+            counts["pixels"] = np.array([truth.size for truth in batch["truth"]])
+            for key, values in counts.items():
+                collected.setdefault(key, []).append(np.asarray(values, np.int64)[valid])
             collect()  # of the batch before: no more than two batches of maps wait
-            if with_saliency:
-                maps = np.asarray(full)
+            host_masks = np.asarray(masks)
+            if maps:
+                logits = np.asarray(full)
                 pending += [
-                    threads.submit(_saliency, maps[i], batch["truth"][i])
+                    threads.submit(_saliency, logits[i], batch["truth"][i], maps)
                     for i in np.flatnonzero(valid)
                 ]
-            on_batch(batch, np.asarray(masks))
+            if surface:
+                pending += [
+                    threads.submit(_surface, host_masks[i], batch["truth"][i])
+                    for i in np.flatnonzero(valid)
+                ]
+            on_batch(batch, host_masks)
         collect()
-    return Evaluation(*of_all(names, indices, collected))
+    order, found = of_all(names, indices, collected)
+    every = Counts(**{field.name: found.pop(field.name) for field in dataclasses.fields(Counts)})
+    found |= of_samples(every, metrics)
+    per_image = {name: found[name] for name in metrics if name in found}
+    return Evaluation(order, per_image, of_set(every, order, metrics))
 
 
 def on_one_device(batch_size: int) -> BatchLayout:
@@ -176,10 +202,16 @@ def of_all(
     return tuple(every.pop("name").tolist()), {k: v for k, v in every.items() if k != "index"}
 
 
-def _saliency(logits: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Of one image, whose logits are padded."""
+def _saliency(logits: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """Of one sample, whose logits are padded."""
     height, width = truth.shape
-    return saliency(special.expit(logits[:height, :width]), truth)
+    return saliency(special.expit(logits[:height, :width]), truth, names)
+
+
+def _surface(mask: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Of one sample, whose mask is padded."""
+    height, width = truth.shape
+    return {"hd95": hd95(mask[:height, :width], truth)}
 
 
 def postprocessing(model: Sam, truths: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:

@@ -8,14 +8,18 @@ it is measured. They run on the host, in float64: one takes each pixel to its ne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy import ndimage
 
 _EPS = np.spacing(1.0)
 
 
-def saliency(probability: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """The four measures of one image.
+def saliency(
+    probability: np.ndarray, truth: np.ndarray, names: Sequence[str] | None = None
+) -> dict[str, float]:
+    """The four measures of one image, or those of them that are in `names`.
 
     `probability` (h, w) in [0, 1], of any float type; `truth` (h, w) bool. MAE is best at 0, the
     others at 1. Where the truth is empty, the weighted F-measure is 0, as it has no recall.
@@ -25,10 +29,9 @@ def saliency(probability: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     if most > least:
         p = (p - least) / (most - least)
     return {
-        "s_measure": s_measure(p, truth),
-        "mean_e_measure": mean_e_measure(p, truth),
-        "weighted_f_measure": weighted_f_measure(p, truth),
-        "mae": float(np.abs(p - truth).mean()),
+        name: measure(p, truth)
+        for name, measure in _MEASURES.items()
+        if names is None or name in names
     }
 
 
@@ -121,3 +124,16 @@ def weighted_f_measure(p: np.ndarray, truth: np.ndarray) -> float:
     recall = 1 - weighted[truth].mean()
     precision = found / (found + weighted[~truth].sum() + _EPS)
     return float(2 * recall * precision / (recall + precision + _EPS))
+
+
+def mae(p: np.ndarray, truth: np.ndarray) -> float:
+    """The mean absolute error of the map."""
+    return float(np.abs(p - truth).mean())
+
+
+_MEASURES = {
+    "s_measure": s_measure,
+    "mean_e_measure": mean_e_measure,
+    "weighted_f_measure": weighted_f_measure,
+    "mae": mae,
+}

@@ -16,7 +16,7 @@ from samjax.data.pipeline import Features, eval_batches, train_batches
 from samjax.data.sources import Dataset, Source, open_source
 from samjax.data.walk import Track, untracked
 from samjax.evaluation.evaluate import Evaluation, evaluate
-from samjax.evaluation.metrics import TITLES
+from samjax.evaluation.metrics import METRICS, quick
 from samjax.hosts import gather
 from samjax.models import Sam
 from samjax.training.objective import MaskObjective
@@ -37,13 +37,15 @@ class Masks:
 
     @property
     def titles(self) -> Mapping[str, str]:
-        """Overlap and saliency."""
-        return TITLES
+        """Those of the config."""
+        return {name: METRICS[name].title for name in self.config.measured}
 
     @property
     def conditions(self) -> str:
         """The prompt."""
-        return f"prompt: {self.config.evaluation_prompt}"
+        most = self.config.eval_box_outward
+        moved = f" with edges 0 to {most} px outward" if most else ""
+        return f"prompt: {self.config.evaluation_prompt}{moved}"
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -102,16 +104,17 @@ class Masks:
         *,
         briefly: bool = False,
     ) -> Evaluation:
-        """With the run's evaluation prompt; `briefly` leaves out saliency."""
+        """With the run's evaluation prompt; `briefly`, with metrics of counts and the best one."""
 
         def on_batch(batch: dict[str, Any], masks: np.ndarray) -> None:
             advance(batch["done"])
 
         layout = self._eval_layout()
         batches = self._eval_batches(model, source, layout)
-        return evaluate(
-            model, variables, batches, on_batch, with_saliency=not briefly, layout=layout
-        )
+        metrics = self.config.measured
+        if briefly:
+            metrics = tuple(dict.fromkeys((*quick(metrics), self.config.best[0])))
+        return evaluate(model, variables, batches, on_batch, metrics=metrics, layout=layout)
 
     def _eval_layout(self) -> BatchLayout:
         return BatchLayout.for_at_least(self.config.eval_batch_size, self.config.mesh())
@@ -122,6 +125,8 @@ class Masks:
             frame=model.config.frame,
             batch_size=layout.size,
             prompts_for=self.config.evaluation_prompt,
+            outward=self.config.eval_box_outward,
+            seed=self.config.split_seed,
             rows=layout.own,
         )
 
@@ -141,7 +146,8 @@ class Masks:
                     to[str(batch["index"][i])] = predicted[i, :height, :width]
 
             batches = self._eval_batches(model, chosen, layout)
-            dice = evaluate(model, variables, batches, collect, layout=layout).per_image["dice"]
+            found = evaluate(model, variables, batches, collect, layout=layout)
+            dice = found.per_image["dice"]
             everyones = {key: mask for part in gather(masks) for key, mask in part.items()}
             for i, sample in enumerate(samples):
                 rows[i].append(overlay(sample.image, everyones[str(i)]))

@@ -28,16 +28,19 @@ _WINDOW, _GAIN = 31, 5.0
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """What training minimises: a loss of pixels, one of regions, and the predicted IoU's error.
+    """What training minimises: losses of pixels, one of regions, and the predicted IoU's error.
 
     Raises ValueError for a setting out of its range.
     """
 
-    # bce_dice; focal_dice, SAM's own; or structure: BCE and soft IoU, both weighted at boundaries.
-    kind: Literal["bce_dice", "focal_dice", "structure"] = "bce_dice"
-    # Weight of the pixels' loss (BCE or focal); left out, 20 for focal and 1 for BCE.
+    # bce_dice; focal_dice, SAM's own; structure: BCE and soft IoU, both weighted at boundaries;
+    # balanced_bce: object and background weigh the same; bce_dice_focal, for many instances.
+    kind: Literal["bce_dice", "focal_dice", "structure", "balanced_bce", "bce_dice_focal"] = (
+        "bce_dice"
+    )
+    # Weight of the pixels' losses (BCE, focal); left out, 20 for focal_dice, else 1.
     pixel_weight: float | None = None
-    # Weight of the regions' loss (Dice or soft IoU).
+    # Weight of the regions' loss (Dice or soft IoU); balanced_bce has none.
     region_weight: float = 1.0
     # Weight of the squared error of the predicted IoU.
     iou_weight: float = 1.0
@@ -45,22 +48,30 @@ class LossConfig:
     multimask: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in _TERMS:
-            raise ValueError(f"kind must be one of {', '.join(_TERMS)}, not {self.kind!r}")
-        if not all(math.isfinite(weight) and weight >= 0 for weight in self.weights):
+        if self.kind not in _PIXELS:
+            raise ValueError(f"kind must be one of {', '.join(_PIXELS)}, not {self.kind!r}")
+        given = {
+            name: weight
+            for name in ("pixel_weight", "region_weight", "iou_weight")
+            if (weight := getattr(self, name)) is not None
+        }
+        if not all(math.isfinite(weight) and weight >= 0 for weight in given.values()):
             raise ValueError(
                 "pixel_weight, region_weight and iou_weight must be finite and not negative, but "
-                f"are {self.weights}"
+                f"are {given}"
             )
-        if not any(self.weights[:2]):
+        if not _REGIONS[self.kind] and self.region_weight != 1:
+            raise ValueError(f"{self.kind} has no loss of regions: leave out region_weight")
+        if not any(self.mask_weights.values()):
             raise ValueError("pixel_weight or region_weight must be positive: masks need a loss")
 
     @property
-    def weights(self) -> tuple[float, float, float]:
-        """Of the pixels' loss, the regions' loss and the IoU's error."""
+    def mask_weights(self) -> dict[str, float]:
+        """Of each term that a mask is trained with, by its name in logs."""
         own = _FOCAL_WEIGHT if self.kind == "focal_dice" else 1.0
         pixel = own if self.pixel_weight is None else self.pixel_weight
-        return pixel, self.region_weight, self.iou_weight
+        pixels = dict.fromkeys(_PIXELS[self.kind], pixel)
+        return {**pixels, **dict.fromkeys(_REGIONS[self.kind], self.region_weight)}
 
 
 def bce(
@@ -82,6 +93,23 @@ def focal(
         logits, truth.astype(jnp.float32), alpha=_FOCAL_ALPHA, gamma=_FOCAL_GAMMA
     )
     return _mean(losses, valid)
+
+
+def balanced_bce(
+    logits: Float[Array, "b h w"], truth: Bool[Array, "b h w"], valid: Bool[Array, "b h w"]
+) -> Float[Array, " b"]:
+    """Binary cross-entropy per image, in which its object weighs as much as its background.
+
+    The mean over `valid` pixels, in which those of the object are weighted by the background's
+    share of them, and the others by the object's: pos / (pos + neg) times BCE whose positive weight
+    is neg / pos. So have it AutoGluon's Conv-LoRA for shadows (SBU) and SAM-Adapter
+    (`BBCEWithLogitLoss`), over all pixels of a batch, which Conv-LoRA's has one image in. The loss
+    of an image that is all background, or all object, is 0, and has no gradient.
+    """
+    t = truth.astype(jnp.float32)
+    share = _mean(t, valid)[:, None, None]
+    losses = optax.sigmoid_binary_cross_entropy(logits, t)
+    return _mean(losses * jnp.where(truth, 1 - share, share), valid)
 
 
 def dice(
@@ -169,8 +197,8 @@ def mask_loss(
     """
     terms = _image_terms(low_res_logits, iou_predictions, truth, valid, config)
     means = {name: term.mean() for name, term in terms.items()}
-    loss = sum(map(jnp.multiply, config.weights, means.values()), start=jnp.float32(0))
-    return loss, means
+    weights = {**config.mask_weights, _IOU: config.iou_weight}
+    return sum((weights[k] * mean for k, mean in means.items()), start=jnp.float32(0)), means
 
 
 def multimask_loss(
@@ -187,25 +215,37 @@ def multimask_loss(
     ambiguity"; the mean is that of SAM 2's training code, `training/loss_fns.py`).
     """
     per_mask = jax.vmap(
-        lambda logits, iou: tuple(_image_terms(logits, iou, truth, valid, config).values()),
-        in_axes=1,
-        out_axes=1,
+        lambda logits, iou: _image_terms(logits, iou, truth, valid, config), in_axes=1, out_axes=1
     )
-    pixel, region, error = per_mask(low_res_logits, iou_predictions)
-    pixel_weight, region_weight, iou_weight = config.weights
-    losses = pixel_weight * pixel + region_weight * region
+    terms = per_mask(low_res_logits, iou_predictions)
+    losses = sum(weight * terms[name] for name, weight in config.mask_weights.items())
     # Not min(), which divides the gradient where masks tie.
     best = jnp.argmin(losses, axis=1, keepdims=True)
     lowest = jnp.take_along_axis(losses, best, axis=1)
-    return jnp.mean(lowest) + iou_weight * jnp.mean(error)
+    return jnp.mean(lowest) + config.iou_weight * jnp.mean(terms[_IOU])
 
 
 _ImageLoss = Callable[[Any, Any, Any], Any]
-# The pixels' loss and the regions' loss of each kind, under the names that they have in logs.
-_TERMS: dict[str, dict[str, _ImageLoss]] = {
-    "bce_dice": {"bce": bce, "dice_loss": dice},
-    "focal_dice": {"focal_loss": focal, "dice_loss": dice},
-    "structure": {"weighted_bce": weighted_bce, "weighted_iou_loss": weighted_iou},
+_IOU = "iou_loss"
+# The pixels' losses and the regions' loss of each kind, under the names that they have in logs.
+# bce_dice_focal is SAM-PARSER's for scenes of many instances (Peng et al. 2024, equation 5), in
+# which its indicator leaves the focal loss in; where there is one instance, bce_dice is the whole
+# of it. Which of them a set needs is chosen for the set, as the paper tells them apart by kinds of
+# images (medical ones have one instance). Its focal loss has no weight and no gamma that could be
+# found: here, the weight of BCE, and Lin's.
+_PIXELS: dict[str, dict[str, _ImageLoss]] = {
+    "bce_dice": {"bce": bce},
+    "focal_dice": {"focal_loss": focal},
+    "structure": {"weighted_bce": weighted_bce},
+    "balanced_bce": {"balanced_bce": balanced_bce},
+    "bce_dice_focal": {"bce": bce, "focal_loss": focal},
+}
+_REGIONS: dict[str, dict[str, _ImageLoss]] = {
+    "bce_dice": {"dice_loss": dice},
+    "focal_dice": {"dice_loss": dice},
+    "structure": {"weighted_iou_loss": weighted_iou},
+    "balanced_bce": {},
+    "bce_dice_focal": {"dice_loss": dice},
 }
 
 
@@ -214,8 +254,9 @@ def _image_terms(
 ) -> dict[str, Any]:
     """Each term per image: pixels, regions, IoU."""
     logits = upsample(low_res_logits, truth.shape[1:])
-    terms = {name: loss(logits, truth, valid) for name, loss in _TERMS[config.kind].items()}
-    return {**terms, "iou_loss": iou_error(iou_predictions, logits, truth, valid)}
+    losses = _PIXELS[config.kind] | _REGIONS[config.kind]
+    terms = {name: loss(logits, truth, valid) for name, loss in losses.items()}
+    return {**terms, _IOU: iou_error(iou_predictions, logits, truth, valid)}
 
 
 def _mean(losses: Any, weights: Any) -> Any:

@@ -153,7 +153,7 @@ class Train(_Bench):
 
 @dataclasses.dataclass(frozen=True)
 class Eval(_Bench):
-    """Times an evaluation: the model, Dice and IoU at the image's size, and the host's measures.
+    """Times an evaluation: the model, counts at the image's size, and the host's measures.
 
     Weights, images and masks are random; nothing is downloaded.
 

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class EvalRun:
-    """Evaluates a finished run: Dice, IoU, S-measure, mean E-measure, weighted F-measure and MAE
-    over a split, and a CSV with one row per image. Of dense tasks, all metrics of each.
+    """Evaluates a finished run: its metrics over a split (by default Dice, IoU, S-measure, mean
+    E-measure, weighted F-measure and MAE), and a CSV with one row per image, or, with objects each,
+    per object. Of dense tasks, all metrics of each.
 
     Example: samjax eval runs/kvasir_lora --split test
     """
@@ -33,6 +34,11 @@ class EvalRun:
     """Which part of the data."""
     eval_prompt: Literal["none", "box", "point"] | None = None
     """No prompt, the truth's box or its most central point; left out, as in the run."""
+    eval_box_outward: int | None = None
+    """The most pixels of the model's input by which a box's edges move outward; left out, as in
+    the run, or 0 with an eval_prompt."""
+    metrics: tuple[str, ...] | None = None
+    """What is measured of masks, by the names in docs/metrics.md; left out, as in the run."""
     adapter: Path | None = None
     """Another adapter than the run's own, such as one that `samjax arch` derived from it."""
     weights: str | None = None
@@ -41,7 +47,8 @@ class EvalRun:
     """Where the data is now; left out, where it was."""
     csv: Path | None = None
     """Where the metrics of each image go; left out, RUN/eval_SPLIT_PROMPT.csv (of dense tasks
-    eval_SPLIT.csv), with the name of another adapter at its end."""
+    eval_SPLIT.csv), with the pixels of eval_box_outward and the name of another adapter at its
+    end."""
     json: bool = False
     """Print one JSON object, on one line, last on stdout."""
     hosts: Annotated[Hosts, tyro.conf.arg(name="")] = Hosts()
@@ -90,11 +97,17 @@ def run(argv: list[str], console: Console) -> Outcome:
 def _eval_run(target: Path, args: EvalRun, console: Console) -> Outcome:
     from samjax.run import evaluate_run, finished_run_config
 
+    outward = args.eval_box_outward
     config = finished_run_config(
-        target, eval_prompt=args.eval_prompt, weights=args.weights, data=args.data
+        target,
+        eval_prompt=args.eval_prompt,
+        eval_box_outward=0 if outward is None and args.eval_prompt else outward,
+        metrics=args.metrics,
+        weights=args.weights,
+        data=args.data,
     )
     mark = f"_{args.adapter.stem}" if args.adapter else ""
-    prompt = "" if config.tasks else f"_{config.evaluation_prompt}"
+    prompt = "" if config.tasks else f"_{config.evaluation_prompt}{config.eval_box_outward or ''}"
     csv = args.csv or target / f"eval_{args.split}{prompt}{mark}.csv"
     on_first(lambda: _check_csv(csv))
     result = evaluate_run(target, config, args.split, console, args.adapter)

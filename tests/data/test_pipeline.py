@@ -11,7 +11,7 @@ from samjax.data.pipeline import (
     eval_batches,
     train_batches,
 )
-from samjax.data.prompts import PromptConfig, box_of, central_point
+from samjax.data.prompts import PromptConfig, box_of, central_point, moves_of
 from samjax.data.sources import Sample
 from samjax.preprocess import Frame, prepare_image, prepare_mask
 
@@ -176,6 +176,56 @@ def test_prepare_mask_keeps_the_smallest_objects(frame, side):
         assert ((columns + 1) * 1920 > left * width).all()
         assert (columns * 1920 < (left + side) * width).all()
     assert not prepare_mask(np.zeros((270, 1920), bool), frame).any()
+
+
+OUTWARD = PromptConfig(none=0.0, box=1.0, box_jitter=0.0, box_outward=3)
+
+
+def outward_moves(batch, row, sample):
+    """By how much each edge lies outside of the mask's box, in pixels of the input."""
+    scale = batch["input_size"][row][::-1] / sample.mask.shape[::-1]
+    tight = box_of(sample.mask).reshape(2, 2) * scale
+    return (tight - batch["coords"][row])[0].tolist() + (batch["coords"][row] - tight)[1].tolist()
+
+
+def test_boxes_are_moved_by_whole_pixels_of_the_input():
+    """The objects of two images of unlike scale lie three pixels and more from their edges."""
+    source = ListSource(4)
+    dataset = stream(source, augment=NO_AUGMENTATION, prompts=OUTWARD, batch_size=3, image_size=64)
+    seen = set()
+    for i in range(40):
+        batch = dataset[i]
+        for row, index in enumerate(batch["index"]):
+            if index == 3:  # has no object
+                assert batch["labels"][row].tolist() == [-2, -2]
+                continue
+            moves = outward_moves(batch, row, source[index])
+            np.testing.assert_allclose(moves, np.round(moves), atol=1e-5)
+            seen |= {(edge, round(move)) for edge, move in enumerate(moves)}
+    assert seen == {(edge, move) for edge in range(4) for move in range(4)}
+    again = stream(source, augment=NO_AUGMENTATION, prompts=OUTWARD, batch_size=3, image_size=64)
+    assert_equal(dataset[7], again[7])
+
+
+def test_boxes_of_an_evaluation_are_moved_alike_each_time():
+    source, frame = ListSource(4), Frame(64, 64)
+
+    def batches(count=4, **settings):
+        settings = {"frame": frame, "batch_size": count, "prompts_for": "box"} | settings
+        return list(eval_batches(source, **settings))
+
+    (batch,) = batches(outward=3, seed=5)
+    for row in range(3):
+        moves = outward_moves(batch, row, source[row])
+        np.testing.assert_allclose(moves, moves_of(f"s{row}", 5, 3), atol=1e-5)
+    one_by_one = batches(1, outward=3, seed=5)
+    np.testing.assert_array_equal(
+        batch["coords"], np.concatenate([b["coords"] for b in one_by_one])
+    )
+    (other,) = batches(outward=3, seed=6)
+    assert (batch["coords"] != other["coords"]).any()
+    (points,), (plain,) = batches(prompts_for="point", outward=3), batches(prompts_for="point")
+    np.testing.assert_array_equal(points["coords"], plain["coords"])
 
 
 def test_no_prompts_have_no_slots():

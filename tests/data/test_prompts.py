@@ -8,6 +8,8 @@ from samjax.data.prompts import (
     box_of,
     central_point,
     encode_prompt,
+    move_outward,
+    moves_of,
     pad_prompt,
     sample_prompt,
 )
@@ -86,6 +88,30 @@ def test_box_jitter_is_bounded_and_clipped():
         assert (coords[1] > coords[0]).all()
 
 
+def test_edges_move_outward_alone_and_stay_in_the_image():
+    box = encode_prompt(None, None, [20, 10, 50.5, 30])
+    moved = move_outward(*box, np.array([0, 3, 4, 7]), (40, 60))
+    np.testing.assert_array_equal(moved, [[20, 7], [54.5, 37]])
+    np.testing.assert_array_equal(box[0], [[20, 10], [50.5, 30]])  # what is given stays
+    far = move_outward(*box, np.array([21, 99, 10, 11]), (40, 60))
+    np.testing.assert_array_equal(far, [[0, 0], [60, 40]])
+    both = pad_prompt(*encode_prompt([[3, 4]], [1], [1, 2, 7, 8]), 5)
+    moved = move_outward(*both, np.array([1, 1, 1, 1]), (40, 60))
+    np.testing.assert_array_equal(moved, [[3, 4], [0, 1], [8, 9], [0, 0], [0, 0]])
+    nothing = pad_prompt(*encode_prompt(None, None, None), 2)
+    np.testing.assert_array_equal(move_outward(*nothing, np.full(4, 9), (40, 60)), np.zeros((2, 2)))
+
+
+def test_moves_are_a_function_of_seed_and_name():
+    np.testing.assert_array_equal(moves_of("a.png", 0, 20), moves_of("a.png", 0, 20))
+    assert moves_of("scan#3", 1, 20).tolist() == [0, 13, 16, 14]  # on every machine
+    assert (moves_of("scan#3", 2, 20) != moves_of("scan#3", 1, 20)).any()
+    assert moves_of("scan#3", 1, 0).tolist() == [0] * 4
+    drawn = np.stack([moves_of(f"image{i}", 0, 3) for i in range(2000)])
+    for edge in drawn.T:
+        np.testing.assert_allclose(np.bincount(edge, minlength=4) / 2000, 0.25, atol=0.04)
+
+
 def test_an_empty_mask_gives_no_prompt():
     for _, labels in draws(np.zeros((4, 4), bool), ALL_KINDS, 40):
         np.testing.assert_array_equal(labels, [-2] * ALL_KINDS.slots)
@@ -105,6 +131,8 @@ def test_the_generator_alone_decides():
         ({"box": -1.0}, "not negative"),
         ({"points": float("nan")}, "finite"),
         ({"box_jitter": 0.5}, "box_jitter"),
+        ({"box_outward": -1, "box_jitter": 0.0}, "box_outward must not be negative"),
+        ({"box_outward": 20}, "box_outward 20 moves .* in place of box_jitter 0.1: set box_jitter"),
         ({"max_points": 0}, "max_points"),
         ({"corrective_points": -1}, "corrective_points"),
     ],

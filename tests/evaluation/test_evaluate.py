@@ -1,44 +1,19 @@
-"""Metrics against NumPy and pycocotools, and the padded evaluation against the plain one."""
+"""The padded evaluation of many images against the plain one of each."""
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from samjax.config import Config
 from samjax.data.pipeline import eval_batches
+from samjax.data.prompts import PromptConfig
 from samjax.data.sources import Sample
 from samjax.evaluation import evaluate as evaluate_module
 from samjax.evaluation.evaluate import Evaluation, evaluate
-from samjax.evaluation.metrics import overlap
 from samjax.predictor import SamPredictor
 from samjax.preprocess import Frame
-
-RNG = np.random.default_rng(0)
-
-
-def test_overlap_is_its_definition():
-    a, b = RNG.random((6, 20, 30)) > 0.5, RNG.random((6, 20, 30)) > 0.3
-    a[1] = b[1] = False
-    b[2] = False
-    a[3] = b[3]
-    got = overlap(jnp.asarray(a), jnp.asarray(b))
-    for i in range(6):
-        both, either = (a[i] & b[i]).sum(), (a[i] | b[i]).sum()
-        dice = 1.0 if not either else 2 * both / (a[i].sum() + b[i].sum())
-        iou = 1.0 if not either else both / either
-        np.testing.assert_allclose((got["dice"][i], got["iou"][i]), (dice, iou), rtol=1e-6)
-
-
-def test_iou_is_pycocotools():
-    coco = pytest.importorskip("pycocotools.mask")
-    a, b = RNG.random((4, 25, 31)) > 0.4, RNG.random((4, 25, 31)) > 0.6
-    for i in range(4):
-        codes = [coco.encode(np.asfortranarray(m[i].astype(np.uint8))) for m in (a, b)]
-        expected = coco.iou([codes[0]], [codes[1]], [0])[0, 0]
-        np.testing.assert_allclose(
-            overlap(jnp.asarray(a), jnp.asarray(b))["iou"][i], expected, rtol=1e-6
-        )
+from samjax.problems import problem_of
 
 
 class Images:
@@ -101,3 +76,69 @@ def test_batched_evaluation_is_one_by_one_prediction(
     assert back.names == result.names
     np.testing.assert_allclose(back.per_image["iou"], result.per_image["iou"], atol=1e-6)
     assert (tmp_path / "e.csv").read_text().splitlines()[0] == "name,dice,iou"
+
+
+class Objects(Images):
+    """The same as two objects of one image, two of another, and one of a third."""
+
+    owners = ("a#1", "a#7", "b#2", "b#3", "c#1")
+
+    def __getitem__(self, i: int) -> Sample:
+        return dataclasses.replace(super().__getitem__(i), name=self.owners[i])
+
+
+def test_an_evaluation_measures_what_it_is_asked_for(small_model, small_params, tmp_path):
+    """Against NumPy on the masks that it predicts; the last batch is filled up."""
+    medpy = pytest.importorskip("medpy.metric.binary")
+    frame, source, masks = small_model.config.frame, Objects(), []
+    batches = eval_batches(source, frame=frame, batch_size=2, prompts_for="box")
+    metrics = ("set_iou", "hd95", "image_iou", "mae", "recall")
+    result = evaluate(
+        small_model,
+        {"params": small_params},
+        batches,
+        lambda batch, found: masks.extend(found[batch["valid"]]),
+        metrics=metrics,
+    )
+    assert list(result.per_image) == ["hd95", "mae", "recall"]
+    assert list(result.of_set) == ["set_iou", "image_iou"]
+    ious, both, either = [], 0, 0
+    for i, found in enumerate(masks):
+        truth = source[i].mask
+        mask = found[: truth.shape[0], : truth.shape[1]]
+        hits, area = (mask & truth).sum(), (mask | truth).sum()
+        ious.append(hits / area)
+        both, either = both + hits, either + area
+        assert result.per_image["recall"][i] == pytest.approx(hits / truth.sum())
+        assert result.per_image["hd95"][i] == pytest.approx(medpy.hd95(mask, truth))
+    assert result.mean["set_iou"] == pytest.approx(both / either)
+    per_image = (ious[0] + ious[1]) / 2, (ious[2] + ious[3]) / 2, ious[4]
+    assert result.mean["image_iou"] == pytest.approx(np.mean(per_image))
+
+    result.write_csv(tmp_path / "e.csv")
+    first, *_, last = (tmp_path / "e.csv").read_text().splitlines()
+    assert first == "name,hd95,mae,recall,set_iou,image_iou"
+    assert last == f"(whole set),,,,{result.mean['set_iou']:.6f},{result.mean['image_iou']:.6f}"
+    back = Evaluation.read_csv(tmp_path / "e.csv")
+    assert back.names == source.owners and list(back.mean) == list(result.mean)
+    for metric, value in result.mean.items():
+        assert back.mean[metric] == pytest.approx(value, abs=1e-6)
+
+    config = Config(
+        objects="each",
+        prompts=PromptConfig(none=0.0, box=1.0),
+        metrics=(*metrics, "s_measure"),
+        best_metric="mae",
+        eval_batch_size=2,
+    )
+    problem = problem_of(config)
+    brief = problem.evaluate(small_model, {"params": small_params}, source, briefly=True)
+    assert list(brief.mean) == ["recall", "mae", "set_iou", "image_iou"]  # of the slow, the best
+    assert brief.mean["mae"] == result.mean["mae"]
+
+
+def test_a_csv_that_is_no_evaluation(tmp_path):
+    for text in ("name,dice\n", "name,dice,set_iou\na,0.5,\n", "name,dice\na,0.5\nb,\n"):
+        (tmp_path / "e.csv").write_text(text)
+        with pytest.raises(ValueError, match=r"e\.csv is damaged"):
+            Evaluation.read_csv(tmp_path / "e.csv")

@@ -74,9 +74,9 @@ def test_an_evaluation_measures_each_image_at_its_own_size(small_model, small_pa
 
     seen = []
 
-    def spy(probability, truth):
+    def spy(probability, truth, names):
         seen.append((probability, truth))
-        return saliency(probability, truth)
+        return saliency(probability, truth, names)
 
     monkeypatch.setattr(module, "saliency", spy)
     source, masks = Images(), []
@@ -86,14 +86,16 @@ def test_an_evaluation_measures_each_image_at_its_own_size(small_model, small_pa
         {"params": small_params},
         batches,
         lambda batch, predicted: masks.extend(predicted),
-        with_saliency=True,
+        metrics=("dice", "weighted_f_measure", "mae"),
     )
+    assert list(result.per_image) == ["dice", "weighted_f_measure", "mae"]
     assert sorted(p.shape for p, _ in seen) == sorted(source.sizes)  # the filling row is left out
     by_shape = {p.shape: p for p, _ in seen}
     for i, shape in enumerate(source.sizes):
         p = by_shape[shape]
         np.testing.assert_array_equal(p > 0.5, masks[i][: shape[0], : shape[1]])
-        expected = saliency(p, source[i].mask)
+        expected = saliency(p, source[i].mask, ("weighted_f_measure", "mae"))
+        assert len(expected) == 2
         for name, value in expected.items():
             assert result.per_image[name][i] == value
     assert special.expit(0.0) == 0.5  # the masks' threshold as a probability

@@ -37,6 +37,20 @@ def test_each_prompt_has_a_file_of_its_own(run, capsys):
     assert boxes != (run / "eval_test_none.csv").read_text()
 
 
+def test_other_metrics_and_larger_boxes(run, capsys):
+    plain = evaluate(capsys, run, "--metrics", "set_iou", "dice")
+    assert set(plain) == {"dice", "set_iou", "images", "csv"}
+    lines = (run / "eval_test_box.csv").read_text().splitlines()
+    assert lines[0] == "name,dice,set_iou" and lines[-1] == f"(whole set),,{plain['set_iou']:.6f}"
+    moved = evaluate(capsys, run, "--metrics", "dice", "--eval-box-outward", "9")
+    assert moved["csv"] == str(run / "eval_test_box9.csv") and moved["dice"] != plain["dice"]
+    flags = ("--eval-prompt", "point", "--eval-box-outward", "9")
+    assert main(["eval", str(run), *flags]) == 1
+    assert "eval_box_outward moves boxes, and the evaluation's prompt is point" in (
+        capsys.readouterr().err
+    )
+
+
 def test_weights_and_data_that_moved(run, experiment, tmp_path, capsys):
     expected = evaluate(capsys, run)
     for name in ("weights", "data"):

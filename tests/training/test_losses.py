@@ -8,6 +8,7 @@ import pytest
 from samjax.preprocess import upsample
 from samjax.training.losses import (
     LossConfig,
+    balanced_bce,
     bce,
     boundary_weights,
     dice,
@@ -109,12 +110,67 @@ def test_structure_loss_is_its_formula_on_the_image_without_padding():
         np.testing.assert_allclose(weighted_iou(*arrays)[i], wiou, rtol=1e-5)
 
 
+def balanced_reference(logits, truth) -> float:
+    """AutoGluon's and SAM-Adapter's formula in torch and float64, with their guard."""
+    torch = pytest.importorskip("torch")
+    x, mask = (torch.from_numpy(np.asarray(a, np.float64)) for a in (logits, truth))
+    positive, negative = mask.sum() + 1e-10, (1 - mask).sum()
+    weighted = torch.nn.BCEWithLogitsLoss(pos_weight=negative / positive)(x, mask)
+    return float(positive / (positive + negative) * weighted)
+
+
+def test_balanced_bce_is_its_formula_on_the_image_without_padding():
+    logits, _, valid = make()
+    truth = jnp.asarray(np.stack([blob(16, 16), RNG.random((16, 16)) > 0.9, blob(16, 16)]))
+    got = balanced_bce(logits, truth, valid)
+    for i in range(3):
+        inside = np.asarray(valid[i])
+        want = balanced_reference(np.asarray(logits[i])[inside], np.asarray(truth[i])[inside])
+        np.testing.assert_allclose(got[i], want, rtol=1e-5)
+
+
+def test_an_image_of_one_class_is_no_matter_to_balanced_bce():
+    logits, _, valid = make()
+    both = jax.jit(jax.value_and_grad(lambda x, t: balanced_bce(x, t, valid).sum()))
+    for truth in (jnp.zeros(valid.shape, bool), jnp.ones(valid.shape, bool)):
+        loss, gradient = both(logits, truth)
+        assert loss == 0 and not gradient.any()
+        for i in range(3):
+            want = balanced_reference(logits[i][valid[i]], truth[i][valid[i]])
+            assert want == pytest.approx(0, abs=1e-8)
+
+
+def test_bce_dice_focal_is_torchs_sum():
+    """At the truth's size, so that nothing is resized."""
+    torch = pytest.importorskip("torch")
+    logits = np.asarray(RNG.normal(size=(2, 16, 16)) * 3, np.float32)
+    truth = np.stack([blob(16, 16), np.zeros((16, 16), bool)])
+    valid = jnp.ones(truth.shape, bool)
+    config = LossConfig("bce_dice_focal", pixel_weight=0.5, region_weight=2.0, iou_weight=0.0)
+    arrays = jnp.asarray(logits), jnp.ones(2), jnp.asarray(truth), valid
+    loss, terms = mask_loss(*arrays, config)
+    assert list(terms) == ["bce", "focal_loss", "dice_loss", "iou_loss"]
+    x, mask = (torch.from_numpy(a.astype(np.float64)) for a in (logits, truth))
+    p = x.sigmoid()
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits(x, mask, reduction="none")
+    missed = p * (1 - mask) + (1 - p) * mask
+    focal_loss = (0.25 * mask + 0.75 * (1 - mask)) * missed**2 * entropy
+    sums = [a.sum((1, 2)) for a in (p * mask, p, mask)]
+    regions = (1 - (2 * sums[0] + 1) / (sums[1] + sums[2] + 1)).mean()
+    want = 0.5 * (entropy.mean() + focal_loss.mean()) + 2 * regions
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    assert LossConfig("bce_dice_focal").mask_weights == dict.fromkeys(list(terms)[:3], 1.0)
+    one_mask = multimask_loss(arrays[0][:, None], jnp.ones((2, 1)), *arrays[2:], config)
+    np.testing.assert_allclose(one_mask, loss, rtol=1e-6)
+
+
 def test_gradients_are_finite_differences_of_the_references():
     logits = RNG.normal(size=(40, 40)) * 2
     truth = blob(40, 40)
     valid = jnp.ones((1, 40, 40), bool)
     references = {
         focal: focal_reference,
+        balanced_bce: balanced_reference,
         weighted_bce: lambda *arrays: structure_reference(*arrays)[0],
         weighted_iou: lambda *arrays: structure_reference(*arrays)[1],
     }
@@ -129,7 +185,7 @@ def test_gradients_are_finite_differences_of_the_references():
             np.testing.assert_allclose(gradient[row, column], slope, rtol=1e-3, atol=1e-9)
 
 
-@pytest.mark.parametrize("loss", [bce, focal, dice, weighted_bce, weighted_iou])
+@pytest.mark.parametrize("loss", [bce, balanced_bce, focal, dice, weighted_bce, weighted_iou])
 def test_extreme_logits_have_finite_losses_and_gradients(loss):
     truth = jnp.ones((1, 4, 4), bool)
     both = jax.jit(jax.value_and_grad(lambda logits: loss(logits, truth, truth).sum()))
@@ -207,6 +263,8 @@ def test_masks_that_tie_do_not_share_a_gradient():
         ({"pixel_weight": -1.0}, "must be finite and not negative"),
         ({"iou_weight": float("nan")}, "must be finite and not negative"),
         ({"pixel_weight": 0.0, "region_weight": 0.0}, "masks need a loss"),
+        ({"kind": "balanced_bce", "pixel_weight": 0.0}, "masks need a loss"),
+        ({"kind": "balanced_bce", "region_weight": 2.0}, "balanced_bce has no loss of regions"),
     ],
 )
 def test_settings_out_of_range(bad, message):
