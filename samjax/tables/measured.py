@@ -65,6 +65,13 @@ _ELSEWHERE = frozenset(
 )
 
 
+# Settings that an evaluation without training depends on.
+_OF_EVALUATION = (
+    *("model", "image_size", "objects", "classes", "tasks", "eval_prompt", "eval_box_outward"),
+    *("fractions", "split_seed"),
+)
+
+
 def flat_settings(config: Config, method: str) -> dict[str, Any]:
     """The settings of a run that its result depends on, those in groups as GROUP.NAME.
 
@@ -86,8 +93,7 @@ def flat_settings(config: Config, method: str) -> dict[str, Any]:
     # Steps, where they are set, say what epochs would.
     flat.pop("epochs" if config.steps is not None else "steps")
     if method == UNTRAINED:
-        kept = ("model", "image_size", "objects", "classes", "tasks", "eval_prompt", "fractions")
-        return {name: flat[name] for name in (*kept, "split_seed")}
+        return {name: flat[name] for name in _OF_EVALUATION}
     return flat
 
 
