@@ -41,6 +41,8 @@ verbs:
   compare     several methods at one budget, in one table
               samjax compare experiments/kvasir_lora.py --weights mobile_sam --data Kvasir-SEG \\
                   --methods decoder lora --seeds 0 1 2
+  table       a table of a paper: published numbers, and what was measured beside them
+              samjax table nas_lora_table
   eval        metrics of a run, or of an experiment's weights before training
               samjax eval runs/kvasir_lora --split test
   arch        the architecture that a run of nas_lora found
@@ -68,6 +70,7 @@ _VERBS = (
     "train",
     "plan",
     "compare",
+    "table",
     "eval",
     "arch",
     "params",

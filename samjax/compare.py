@@ -66,7 +66,7 @@ def plan(config: Config, methods: Sequence[str], seeds: Sequence[int], out: Path
     configs = {text: with_method(config, text) for text in methods}
     labels: dict[str, str] = {}
     for i, text in enumerate(methods):
-        other = labels.setdefault(_label(text).lower(), text)  # some file systems ignore case
+        other = labels.setdefault(label_of(text).lower(), text)  # some file systems ignore case
         resolved = configs[text].resolved()
         same = next((t for t in methods[:i] if configs[t].resolved() == resolved), other)
         if same != text:
@@ -77,7 +77,9 @@ def plan(config: Config, methods: Sequence[str], seeds: Sequence[int], out: Path
     check_writable(out)
     runs = [
         Run(
-            text, dataclasses.replace(configs[text], seed=seed), out / _label(text) / f"seed_{seed}"
+            text,
+            dataclasses.replace(configs[text], seed=seed),
+            out / label_of(text) / f"seed_{seed}",
         )
         for seed in seeds
         for text in methods
@@ -87,13 +89,13 @@ def plan(config: Config, methods: Sequence[str], seeds: Sequence[int], out: Path
     return runs
 
 
-def _label(text: str) -> str:
-    """A method as a folder's name."""
+def label_of(text: str) -> str:
+    """A method, given as its text, as a folder's name."""
     return re.sub(r"[^\w.=+,-]+", "_", text)
 
 
 def _text(label: str) -> str:
-    """The method of a folder's name. Raises ValueError for a name that `_label` does not give."""
+    """The method of a folder's name. Raises ValueError for a name that `label_of` does not give."""
     for name in sorted(RECIPES, key=len, reverse=True):  # lora_conv is no lora
         if label == name:
             return name
@@ -168,7 +170,7 @@ def compare(
     for data, weights or a method that cannot be used, RuntimeError where another process compares
     in `out`, and `samjax.terminal.Interrupted` when the user stops it.
     """
-    _check(runs, console)
+    check(runs, console)
     plots = importlib.util.find_spec("matplotlib") is not None
     if not plots:
         console.print("without matplotlib there is no compare.png: pip install 'samjax[plot]'")
@@ -199,19 +201,23 @@ def compare(
         return comparison
 
 
-def _check(runs: Sequence[Run], console: Console) -> None:
-    """Raises where data, weights or methods of runs that are to be done cannot be used."""
+def check(runs: Sequence[Run], console: Console, train_images: int | None = None) -> None:
+    """Raises ValueError where data, weights or methods of runs to be done cannot be used.
+
+    The data is opened, but where it is known how many images it has to train on.
+    """
     unfinished = [run for run in runs if not run.finished]
     if not unfinished:
         return
-    sources = open_sources(unfinished[0].config, console)
+    if train_images is None:
+        train_images = len(open_sources(unfinished[0].config, console)["train"])
     model, _ = open_model(unfinished[0].config)
     for run in {run.method: run for run in unfinished}.values():
         try:
             run.config.num_devices()
             spec = run.config.spec()
             peft_lib.report(spec, model)
-            check_stages(run.config, model, spec, len(sources["train"]))
+            check_stages(run.config, model, spec, train_images)
         except ValueError as error:
             raise ValueError(f"{run.method}: {error}") from None
 

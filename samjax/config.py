@@ -1,7 +1,8 @@
 """One frozen dataclass that describes a whole run; an experiment file returns one.
 
 An experiment is a Python file with `config() -> Config`. Its docstring tells what it reproduces.
-It may also have `prepare(config, console)`, which fetches what the run needs.
+It may also have `prepare(config, console)`, which fetches what the run needs. A file that is a
+table of a paper has `table()` (`samjax.tables.table`), with or without `config`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import difflib
 import importlib.util
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -327,6 +329,26 @@ def load_experiment(path: str | Path) -> Experiment:
     Raises FileNotFoundError, or ValueError for one that fails or does not define `config`.
     """
     path = Path(path)
+    module = run_file(path)
+    with failures_of(path):
+        config = module.config() if hasattr(module, "config") else None
+    if not isinstance(config, Config):
+        of_table = f"; it is a table: samjax table {path}" if hasattr(module, "table") else ""
+        raise ValueError(f"{path} defines no function config() -> samjax.config.Config{of_table}")
+
+    def prepare(config: Config, console: Console) -> None:
+        if hasattr(module, "prepare"):
+            with failures_of(path):
+                module.prepare(config, console)
+
+    return Experiment((module.__doc__ or "").strip(), config, prepare)
+
+
+def run_file(path: Path) -> types.ModuleType:
+    """Runs a Python file, which may import what lies beside it, as if Python were given it.
+
+    Raises FileNotFoundError, or ValueError for one that fails or is no Python file.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no experiment file at {path}")
     spec = importlib.util.spec_from_file_location(f"samjax_experiment_{path.stem}", path)
@@ -334,23 +356,19 @@ def load_experiment(path: str | Path) -> Experiment:
         raise ValueError(f"{path} is no Python file; an experiment defines config() -> Config")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    with _failures_of(path):
-        spec.loader.exec_module(module)
-        config = module.config() if hasattr(module, "config") else None
-    if not isinstance(config, Config):
-        raise ValueError(f"{path} defines no function config() -> samjax.config.Config")
-
-    def prepare(config: Config, console: Console) -> None:
-        if hasattr(module, "prepare"):
-            with _failures_of(path):
-                module.prepare(config, console)
-
-    return Experiment((module.__doc__ or "").strip(), config, prepare)
+    folder = str(path.absolute().parent)
+    sys.path.insert(0, folder)
+    try:
+        with failures_of(path):
+            spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(folder)
+    return module
 
 
 @contextlib.contextmanager
-def _failures_of(path: Path) -> Iterator[None]:
-    """An experiment is a user's program: whatever it raises means the same."""
+def failures_of(path: Path) -> Iterator[None]:
+    """An experiment is a user's program: whatever it raises is a ValueError that names its file."""
     try:
         yield
     except Exception as error:

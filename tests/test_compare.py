@@ -34,7 +34,7 @@ def console():
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
     """Training that leaves `DICE`; `.done` are the folders, `.raises` what happens in some."""
-    monkeypatch.setattr(module, "_check", lambda runs, console: None)
+    monkeypatch.setattr(module, "check", lambda runs, console: None)
 
     def train(config, out, *, resume, console, before_in):
         train.done.append((out.relative_to(tmp_path).as_posix(), resume, before_in))
@@ -228,7 +228,7 @@ DENSE_METHODS = ("decoder", "lora_stl:rank=2", "ta_lora")
 @pytest.fixture
 def trained_dense(monkeypatch):
     """Training that leaves these numbers, by method, seed and metric."""
-    monkeypatch.setattr(module, "_check", lambda runs, console: None)
+    monkeypatch.setattr(module, "check", lambda runs, console: None)
     names = ("d/absolute_error", "d/relative_error", "s/miou", "s/pixel_accuracy")
     numbers = np.random.default_rng(0).uniform(0.2, 0.9, (3, 2, len(names)))
 

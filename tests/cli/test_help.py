@@ -9,7 +9,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 VERBS = (
     *("weights", "convert", "predict", "data", "check-data"),
-    *("train", "plan", "compare", "eval", "arch", "params", "merge", "convert-adapter"),
+    *("train", "plan", "compare", "table", "eval", "arch", "params", "merge", "convert-adapter"),
 )
 
 

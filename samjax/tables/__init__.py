@@ -1,0 +1,1 @@
+"""The work of `samjax table`: tables of papers as data, and what was measured beside them."""
