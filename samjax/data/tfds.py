@@ -1,6 +1,7 @@
 """Datasets that `samjax data prepare` built as sources: records of encoded files, read by position.
 
-`tfds:NAME` names one wherever data is asked for.
+`tfds:NAME` names one wherever data is asked for, and `tfds:NAME/PART` one of whose test split a
+part is chosen, such as `tfds:polyp/kvasir`.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ class TfdsSource:
     """One split of a prepared dataset; its samples are those of the folder that it was built from.
 
     A dataset without official splits, which is all `train`, is split by seed as a flat folder is.
-    Images and masks are decoded as those of a `samjax.data.folder.FolderSource`.
+    Images and masks are decoded as those of a `samjax.data.folder.FolderSource`, but that a dataset
+    may tell the threshold of its masks. `name` may have a part of the dataset after a slash: splits
+    that have parts are then that one alone.
 
-    Raises FileNotFoundError for a dataset that is not prepared, ValueError for an unknown name and
-    for a split that is not there or empty.
+    Raises FileNotFoundError for a dataset that is not prepared, ValueError for an unknown name or
+    part and for a split that is not there or empty.
     """
 
     def __init__(
@@ -48,17 +51,20 @@ class TfdsSource:
         fractions: Fractions = DEFAULT_FRACTIONS,
         data_dir: Path | None = None,
     ) -> None:
+        name, _, part = name.partition("/")
         builder = open_prepared(name, data_dir)
         if "mask" not in builder.info.features:
             raise ValueError(f"{name} has dense tasks and no masks: name them with tasks")
         folder = Path(builder.data_dir)
         split = check_split(split)
-        stored: dict[str, list[str]] = builder.info.metadata["names"]
+        metadata = builder.info.metadata
+        stored: dict[str, list[str]] = metadata["names"]
+        parts = _of_part(name, part, metadata.get("parts", {}))
         if stored.keys() == {"train"}:
             names = draw_split(folder, stored["train"], split, seed, fractions)
             split = "train"
         elif split in stored:
-            names = stored[split]
+            names = parts.get(split, stored[split])
         else:
             raise ValueError(f"{name} has no split {split!r}, only {', '.join(stored)}")
         self.names: tuple[str, ...] = tuple(names)
@@ -67,6 +73,7 @@ class TfdsSource:
         encoded = {key: tfds.decode.SkipDecoding() for key in ("image", "mask")}
         self._records = builder.as_data_source(split, decoders=encoded)
         self._folder = folder
+        self._threshold: int | None = metadata.get("threshold")
         self._notices = Notices(folder)
 
     def __len__(self) -> int:
@@ -74,7 +81,7 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> Sample:
         image_file, mask_file = self._files(index)
-        mask, notice = read_mask(mask_file)
+        mask, notice = read_mask(mask_file, self._threshold)
         self._notices.say(notice, mask_file)
         return Sample(self.names[index], read_image(image_file), mask)
 
@@ -92,3 +99,13 @@ class TfdsSource:
             EncodedImage(record[key], self._folder / f"{name} ({key})") for key in ("image", "mask")
         )
         return image, mask
+
+
+def _of_part(name: str, part: str, splits: dict[str, dict[str, list[str]]]) -> dict[str, list[str]]:
+    """The names in a part of each split that has parts; none where no part is asked for."""
+    if not part:
+        return {}
+    known = dict.fromkeys(part for parts in splits.values() for part in parts)
+    if part not in known:
+        raise ValueError(f"{name} has no part {part!r}, only {', '.join(known) or 'the whole'}")
+    return {split: parts[part] for split, parts in splits.items() if part in parts}
