@@ -16,7 +16,6 @@ from samjax.data.builders.layouts import Layout
 from samjax.data.builders.records import Contents, RecordsBuilder
 from samjax.data.folder import Pair, check_pair
 from samjax.data.images import read_image, read_mask
-from samjax.data.splits import quote
 from samjax.data.walk import walk
 
 
@@ -121,10 +120,10 @@ class ImageMaskBuilder(RecordsBuilder, skip_registration=True):
 
     def _check(self, split: str, pairs: list[Pair]) -> None:
         """Raises ValueError for names that are not unique, and for files that cannot be used."""
-        names = [pair.name for pair in pairs]
-        if len(set(names)) < len(names):
-            twice = quote({name for name in names if names.count(name) > 1})
-            raise ValueError(f"{pairs[0].image.parent} has several images of one name: {twice}")
+        files: dict[str, Path] = {}
+        for pair in pairs:
+            if (other := files.setdefault(pair.name, pair.image)) is not pair.image:
+                raise ValueError(f"{other} and {pair.image} have one name: rename one of them")
 
         def is_marked(pair: Pair) -> bool:
             mask, _ = read_mask(pair.truth, self.THRESHOLD)

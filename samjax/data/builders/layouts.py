@@ -127,14 +127,16 @@ class Layout:
 
     def fits(self, roots: Roots) -> bool:
         """Whether anything of it is in the folders: two layouts may have archives of one name."""
-        places = (_place(roots, p) for p in self._paths() if p.partition("/")[0] in roots)
+        places = (_place(roots, p) for p in self.paths if p.partition("/")[0] in roots)
         return any(place.exists() for place in places)
 
     def path_in(self, archive: Archive) -> str:
         """What an archive's extracted folder has, from that on."""
-        return next(p for p in self._paths() if p.partition("/")[0] == archive.folder)
+        return next(p for p in self.paths if p.partition("/")[0] == archive.folder)
 
-    def _paths(self) -> list[str]:
+    @property
+    def paths(self) -> list[str]:
+        """All that it may have, from the archives' folders on."""
         parts = [
             part
             for own in self.splits.values()
