@@ -235,6 +235,13 @@ def test_conv_loras_archives_have_a_validation_split(files, name, archive, tests
     assert_read_back(f"tfds:{name}", files)
 
 
+def test_what_may_be_left_out_is_told(files, caplog):
+    sbu_shadow(files)
+    build("sbu_shadow", files)
+    folder = files.root / "SBU-shadow.zip" / "SBU-shadow" / "SBU-Test" / "ShadowImages"
+    assert f"{folder} has images without a mask: 'lonely.jpg'; they are left out" in caplog.text
+
+
 def test_other_layouts_of_a_dataset(files):
     for split, place in (("train", "train"), ("validation", "val"), ("test", "test")):
         files.add(split, f"tiff/{place}/1.tiff", f"tiff/{place}_labels/1.tif")

@@ -6,6 +6,7 @@ folders.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +18,8 @@ from samjax.data.builders.records import Contents, RecordsBuilder
 from samjax.data.folder import Pair, check_pair
 from samjax.data.images import read_image, read_mask
 from samjax.data.walk import walk
+
+_logger = logging.getLogger("samjax")
 
 
 class ImageMaskBuilder(RecordsBuilder, skip_registration=True):
@@ -83,8 +86,7 @@ class ImageMaskBuilder(RecordsBuilder, skip_registration=True):
             for split, parts in splits.items():
                 self._check(split, [pair for pairs in parts.values() for pair in pairs])
         except ValueError as error:
-            # What was unpacked goes with the unfinished build: the user has the archives.
-            raise ValueError(str(error).replace(str(self._scratch()), str(found))) from error
+            raise ValueError(self._of_archives(str(error), found)) from error
         self.info.metadata["threshold"] = self.THRESHOLD
         self.info.metadata["parts"] = {
             split: {part: [pair.name for pair in pairs] for part, pairs in parts.items()}
@@ -108,15 +110,22 @@ class ImageMaskBuilder(RecordsBuilder, skip_registration=True):
                 folders[path, archive.folder] = archive.unpack(path, place, self.track)
             return folders[path, archive.folder]
 
+        def warn(message: str) -> None:
+            _logger.warning("%s", self._of_archives(message, found))
+
         unfit = []
         for layout in self._at_hand(found):
             at_hand = layout.find(found)
             roots = {archive.folder: root(archive, path) for archive, path in at_hand.items()}
             if layout.fits(roots):
-                return layout.pairs(roots)
+                return layout.pairs(roots, warn)
             unfit.append((layout, roots))
         layout, roots = unfit[0]
-        return layout.pairs(roots)  # which says what is missing
+        return layout.pairs(roots, warn)  # which says what is missing
+
+    def _of_archives(self, message: str, found: Path) -> str:
+        # What was unpacked goes with the unfinished build: the user has the archives.
+        return message.replace(str(self._scratch()), str(found))
 
     def _check(self, split: str, pairs: list[Pair]) -> None:
         """Raises ValueError for names that are not unique, and for files that cannot be used."""

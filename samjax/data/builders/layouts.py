@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from samjax.data.builders.archives import Archive
 from samjax.data.folder import Pair, list_images, match
 from samjax.data.splits import quote
-
-_logger = logging.getLogger("samjax")
 
 # The folders of a dataset by the names that its archives give them, wherever they are.
 Roots = Mapping[str, Path]
@@ -37,11 +34,14 @@ class Folders:
         """All that it may have, from the archives' folders on."""
         return (*_several(self.images), *_several(self.masks))
 
-    def pairs(self, roots: Roots, others: frozenset[str] = frozenset()) -> list[Pair]:
+    def pairs(
+        self, roots: Roots, warn: Callable[[str], None], others: frozenset[str]
+    ) -> list[Pair]:
         """The pairs, sorted by name.
 
-        `others` are names of images elsewhere whose masks lie among these. Raises ValueError for a
-        missing folder, for one without images, and for files without a partner.
+        `others` are names of images elsewhere whose masks lie among these; `warn` is told what is
+        left out. Raises ValueError for a missing folder, for one without images, and for files
+        without a partner.
         """
         images = list_images(_place(roots, self.images), self.skip)
         masks = list_images(_place(roots, self.masks), suffix=self.suffix)
@@ -52,7 +52,7 @@ class Folders:
             told = f"{files[0].parent} has {kind}: {quote(file.name for file in files)}"
             if not self.lenient:
                 raise ValueError(f"{told}; get the dataset again")
-            _logger.warning("%s; they are left out", told)
+            warn(f"{told}; they are left out")
         return list(pairs)
 
     def names(self, roots: Roots) -> frozenset[str]:
@@ -144,20 +144,21 @@ class Layout:
         ]
         return [path for part in parts for path in part.paths]
 
-    def pairs(self, roots: Roots) -> dict[str, dict[str, list[Pair]]]:
+    def pairs(self, roots: Roots, warn: Callable[[str], None]) -> dict[str, dict[str, list[Pair]]]:
         """The pairs of each part of each split; a split of one part has it under "".
 
-        Raises ValueError, naming the file, for what is missing or has no partner.
+        Raises ValueError, naming the file, for what is missing or has no partner; `warn` is told of
+        what may be left out.
         """
         return {
             split: {
-                name: self._pairs(part, roots)
+                name: self._pairs(part, roots, warn)
                 for name, part in (parts if isinstance(parts, Mapping) else {"": parts}).items()
             }
             for split, parts in self.splits.items()
         }
 
-    def _pairs(self, part: Part, roots: Roots) -> list[Pair]:
+    def _pairs(self, part: Part, roots: Roots, warn: Callable[[str], None]) -> list[Pair]:
         if isinstance(part, Table):
             return part.pairs(roots)
         others = (
@@ -165,7 +166,7 @@ class Layout:
             for other in self.splits.values()
             if isinstance(other, Folders) and other is not part and other.masks == part.masks
         )
-        return part.pairs(roots, frozenset().union(*others))
+        return part.pairs(roots, warn, frozenset().union(*others))
 
 
 def _several(paths: str | tuple[str, ...]) -> tuple[str, ...]:
