@@ -17,10 +17,11 @@ from samjax.data.splits import DEFAULT_FRACTIONS, Fractions, check_split, draw_s
 
 
 def open_prepared(name: str, data_dir: Path | None = None) -> tfds.core.DatasetBuilder:
-    """A prepared dataset, in `data_dir` or where TFDS keeps datasets.
+    """A prepared dataset, in `data_dir` or where TFDS keeps datasets; whole for NAME/PART, too.
 
-    Raises FileNotFoundError where it is not prepared, ValueError for an unknown name.
+    Raises FileNotFoundError where it is not prepared, ValueError for an unknown name or part.
     """
+    name, _, part = name.partition("/")
     data_dir = default_data_dir() if data_dir is None else data_dir
     folder = prepared_folder(name, data_dir)
     if not folder.is_dir():
@@ -28,7 +29,36 @@ def open_prepared(name: str, data_dir: Path | None = None) -> tfds.core.DatasetB
             f"{name} is not prepared in {data_dir}: run `samjax data prepare {name}`, or set "
             "TFDS_DATA_DIR to the folder where it is"
         )
-    return tfds.builder_from_directory(folder)
+    builder = tfds.builder_from_directory(folder)
+    parts: dict[str, dict[str, list[str]]] = builder.info.metadata.get("parts", {})
+    known = list(dict.fromkeys(own for of_split in parts.values() for own in of_split))
+    if part and part not in known:
+        raise ValueError(f"{name} has no part {part!r}, only {', '.join(known) or 'the whole'}")
+    return builder
+
+
+def choose_records(
+    builder: tfds.core.DatasetBuilder, split: str, seed: int, fractions: Fractions, part: str = ""
+) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
+    """Of a split: the stored split that it lies in, its names, and the positions of these there.
+
+    A dataset without official splits, which is all `train`, is split by seed as a flat folder is.
+    Of a split that has parts, `part` alone is taken, where it is given. Raises ValueError for a
+    split that is not there or empty.
+    """
+    name, folder = builder.info.name, Path(builder.data_dir)
+    stored: dict[str, list[str]] = builder.info.metadata["names"]
+    split = check_split(split)
+    parts: dict[str, list[str]] = builder.info.metadata.get("parts", {}).get(split, {})
+    if stored.keys() == {"train"}:
+        names = draw_split(folder, stored["train"], split, seed, fractions)
+        split = "train"
+    elif split in stored:
+        names = parts.get(part, stored[split])
+    else:
+        raise ValueError(f"{name} has no split {split!r}, only {', '.join(stored)}")
+    positions = {name: position for position, name in enumerate(stored[split])}
+    return split, tuple(names), tuple(positions[name] for name in names)
 
 
 class TfdsSource:
@@ -51,29 +81,16 @@ class TfdsSource:
         fractions: Fractions = DEFAULT_FRACTIONS,
         data_dir: Path | None = None,
     ) -> None:
-        name, _, part = name.partition("/")
         builder = open_prepared(name, data_dir)
         if "mask" not in builder.info.features:
             raise ValueError(f"{name} has dense tasks and no masks: name them with tasks")
         folder = Path(builder.data_dir)
-        split = check_split(split)
-        metadata = builder.info.metadata
-        stored: dict[str, list[str]] = metadata["names"]
-        parts = _of_part(name, part, metadata.get("parts", {}))
-        if stored.keys() == {"train"}:
-            names = draw_split(folder, stored["train"], split, seed, fractions)
-            split = "train"
-        elif split in stored:
-            names = parts.get(split, stored[split])
-        else:
-            raise ValueError(f"{name} has no split {split!r}, only {', '.join(stored)}")
-        self.names: tuple[str, ...] = tuple(names)
-        positions = {name: position for position, name in enumerate(stored[split])}
-        self._positions = tuple(positions[name] for name in names)
+        part = name.partition("/")[2]
+        split, self.names, self._positions = choose_records(builder, split, seed, fractions, part)
         encoded = {key: tfds.decode.SkipDecoding() for key in ("image", "mask")}
         self._records = builder.as_data_source(split, decoders=encoded)
         self._folder = folder
-        self._threshold: int | None = metadata.get("threshold")
+        self._threshold: int | None = builder.info.metadata.get("threshold")
         self._notices = Notices(folder)
 
     def __len__(self) -> int:
@@ -99,13 +116,3 @@ class TfdsSource:
             EncodedImage(record[key], self._folder / f"{name} ({key})") for key in ("image", "mask")
         )
         return image, mask
-
-
-def _of_part(name: str, part: str, splits: dict[str, dict[str, list[str]]]) -> dict[str, list[str]]:
-    """The names in a part of each split that has parts; none where no part is asked for."""
-    if not part:
-        return {}
-    known = dict.fromkeys(part for parts in splits.values() for part in parts)
-    if part not in known:
-        raise ValueError(f"{name} has no part {part!r}, only {', '.join(known) or 'the whole'}")
-    return {split: parts[part] for split, parts in splits.items() if part in parts}
