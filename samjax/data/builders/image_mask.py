@@ -38,7 +38,7 @@ class ImageMaskBuilder(RecordsBuilder, skip_registration=True):
     @classmethod
     def how_to_get(cls) -> str:
         """Where a user finds the archives."""
-        return " or ".join(f"get {layout.source}" for layout in cls.LAYOUTS)
+        return ", or ".join(f"get {layout.source}" for layout in cls.LAYOUTS)
 
     @classmethod
     def downloads(cls) -> tuple[Archive, ...]:

@@ -1,6 +1,7 @@
 """The binary sets of Conv-LoRA and NAS-LoRA, from small files in their official layouts."""
 
 import io
+import shutil
 import sys
 import zipfile
 
@@ -147,6 +148,27 @@ def test_each_folder_that_is_missing_is_named(files, name):
         assert place.name in str(caught.value) and "\n" not in str(caught.value)
         away.rename(place)
     files.build(name)
+
+
+def test_archives_that_are_missing_are_downloaded(files, monkeypatch):
+    files.official("isic2017")
+    manual, server = files.root / "tfds" / "downloads" / "manual", files.root.parent / "server"
+    fetched = []
+
+    def fetch(url, path, size, checksum, console):
+        fetched.append((url, checksum))
+        shutil.move(server / path.name, path)
+
+    monkeypatch.setattr("samjax.data.builders.prepare.fetch", fetch)
+    for folder in (manual, server):
+        folder.mkdir(parents=True)
+    for archive in files.root.glob("*.zip"):
+        archive.rename((manual if "Training" in archive.name else server) / archive.name)
+    prepare("isic2017", files.root / "tfds", None, Console(file=io.StringIO()))
+    assert_read_back("tfds:isic2017", files)
+    assert len(fetched) == 4 and all(checksum.startswith("md5:") for _, checksum in fetched)
+    url = "https://isic-challenge-data.s3.amazonaws.com/2017/ISIC-2017_Test_v2_Data.zip"
+    assert url in dict(fetched)
 
 
 def test_the_license_and_the_citation_are_shown(files):
