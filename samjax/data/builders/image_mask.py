@@ -55,7 +55,7 @@ class ImageMaskBuilder(RecordsBuilder, skip_registration=True):
         found = layout.find(folder)
         lacking = [archive for archive in layout.archives if archive not in found]
         if len(lacking) > 1:
-            holds = f"lacks {', '.join(archive.file or archive.folder for archive in lacking)}"
+            holds = f"lacks {', '.join(archive.title for archive in lacking)}"
         elif lacking[0].file:
             holds = f"holds neither {lacking[0].file} nor {layout.path_in(lacking[0])}"
         else:
