@@ -1,6 +1,7 @@
 """Datasets that `samjax data prepare` built as sources: records of encoded files, read by position.
 
-`tfds:NAME` names one wherever data is asked for.
+`tfds:NAME` names one wherever data is asked for, and `tfds:NAME/PART` one of whose test split a
+part is chosen, such as `tfds:polyp/kvasir`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from samjax.data.splits import DEFAULT_FRACTIONS, Fractions, check_split, draw_s
 
 
 def open_prepared(name: str, data_dir: Path | None = None) -> tfds.core.DatasetBuilder:
-    """A prepared dataset, in `data_dir` or where TFDS keeps datasets.
+    """A prepared dataset, in `data_dir` or where TFDS keeps datasets; whole for NAME/PART, too.
 
-    Raises FileNotFoundError where it is not prepared, ValueError for an unknown name.
+    Raises FileNotFoundError where it is not prepared, ValueError for an unknown name or part.
     """
+    name, _, part = name.partition("/")
     data_dir = default_data_dir() if data_dir is None else data_dir
     folder = prepared_folder(name, data_dir)
     if not folder.is_dir():
@@ -27,25 +29,32 @@ def open_prepared(name: str, data_dir: Path | None = None) -> tfds.core.DatasetB
             f"{name} is not prepared in {data_dir}: run `samjax data prepare {name}`, or set "
             "TFDS_DATA_DIR to the folder where it is"
         )
-    return tfds.builder_from_directory(folder)
+    builder = tfds.builder_from_directory(folder)
+    parts: dict[str, dict[str, list[str]]] = builder.info.metadata.get("parts", {})
+    known = list(dict.fromkeys(own for of_split in parts.values() for own in of_split))
+    if part and part not in known:
+        raise ValueError(f"{name} has no part {part!r}, only {', '.join(known) or 'the whole'}")
+    return builder
 
 
 def choose_records(
-    builder: tfds.core.DatasetBuilder, split: str, seed: int, fractions: Fractions
+    builder: tfds.core.DatasetBuilder, split: str, seed: int, fractions: Fractions, part: str = ""
 ) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
     """Of a split: the stored split that it lies in, its names, and the positions of these there.
 
     A dataset without official splits, which is all `train`, is split by seed as a flat folder is.
-    Raises ValueError for a split that is not there or empty.
+    Of a split that has parts, `part` alone is taken, where it is given. Raises ValueError for a
+    split that is not there or empty.
     """
     name, folder = builder.info.name, Path(builder.data_dir)
     stored: dict[str, list[str]] = builder.info.metadata["names"]
     split = check_split(split)
+    parts: dict[str, list[str]] = builder.info.metadata.get("parts", {}).get(split, {})
     if stored.keys() == {"train"}:
         names = draw_split(folder, stored["train"], split, seed, fractions)
         split = "train"
     elif split in stored:
-        names = stored[split]
+        names = parts.get(part, stored[split])
     else:
         raise ValueError(f"{name} has no split {split!r}, only {', '.join(stored)}")
     positions = {name: position for position, name in enumerate(stored[split])}
@@ -56,10 +65,12 @@ class TfdsSource:
     """One split of a prepared dataset; its samples are those of the folder that it was built from.
 
     A dataset without official splits, which is all `train`, is split by seed as a flat folder is.
-    Images and masks are decoded as those of a `samjax.data.folder.FolderSource`.
+    Images and masks are decoded as those of a `samjax.data.folder.FolderSource`, but that a dataset
+    may tell the threshold of its masks. `name` may have a part of the dataset after a slash: splits
+    that have parts are then that one alone.
 
-    Raises FileNotFoundError for a dataset that is not prepared, ValueError for an unknown name and
-    for a split that is not there or empty.
+    Raises FileNotFoundError for a dataset that is not prepared, ValueError for an unknown name or
+    part and for a split that is not there or empty.
     """
 
     def __init__(
@@ -74,10 +85,12 @@ class TfdsSource:
         if "mask" not in builder.info.features:
             raise ValueError(f"{name} has dense tasks and no masks: name them with tasks")
         folder = Path(builder.data_dir)
-        split, self.names, self._positions = choose_records(builder, split, seed, fractions)
+        part = name.partition("/")[2]
+        split, self.names, self._positions = choose_records(builder, split, seed, fractions, part)
         encoded = {key: tfds.decode.SkipDecoding() for key in ("image", "mask")}
         self._records = builder.as_data_source(split, decoders=encoded)
         self._folder = folder
+        self._threshold: int | None = builder.info.metadata.get("threshold")
         self._notices = Notices(folder)
 
     def __len__(self) -> int:
@@ -85,7 +98,7 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> Sample:
         image_file, mask_file = self._files(index)
-        mask, notice = read_mask(mask_file)
+        mask, notice = read_mask(mask_file, self._threshold)
         self._notices.say(notice, mask_file)
         return Sample(self.names[index], read_image(image_file), mask)
 

@@ -1,7 +1,8 @@
 """Builders of public datasets for tensorflow-datasets (TFDS), which work without TensorFlow.
 
 A dataset is a module of its name with one class, which says where its files come from and what they
-hold; what the datasets share is in `records` and, for masks, `image_mask`. `prepare` builds them.
+hold; what the datasets share is in `records` and `archives` and, for masks, in `image_mask` and
+`layouts`. `prepare` builds them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from samjax.data.builders.records import RecordsBuilder
 
-_CLASSES = {"kvasir_seg": "KvasirSeg", "nyuv2": "Nyuv2"}
+_CLASSES = {
+    "kvasir_seg": "KvasirSeg",
+    "cvc_clinicdb": "CvcClinicdb",
+    "polyp": "Polyp",
+    "isic2017": "Isic2017",
+    "camo": "Camo",
+    "sbu_shadow": "SbuShadow",
+    "leaf_disease": "LeafDisease",
+    "massachusetts_roads": "MassachusettsRoads",
+    "nyuv2": "Nyuv2",
+}
 DATASETS = tuple(_CLASSES)
 
 

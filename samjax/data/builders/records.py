@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import file_adapters
 
+from samjax.data.builders.archives import Archive
 from samjax.data.walk import Track, untracked
 
 
@@ -43,10 +44,6 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     CITATION: ClassVar[str]
     # How many images with their truths there are.
     NUM_PAIRS: ClassVar[int]
-    # What `DOWNLOAD` is called where it is kept.
-    ARCHIVE: ClassVar[str]
-    # The archive's URL, size in bytes and sha256; None where it takes a person to get it.
-    DOWNLOAD: ClassVar[tuple[str, int, str] | None] = None
 
     # TFDS would look for checksums beside this file, and for that needs a package
     # (importlib_resources) that it does not require.
@@ -72,6 +69,11 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     @abc.abstractmethod
     def missing(cls, folder: Path) -> str:
         """What to say where `find` finds nothing."""
+
+    @classmethod
+    def downloads(cls) -> tuple[Archive, ...]:
+        """What to download where `find` finds nothing; nothing where it takes a person."""
+        return ()
 
     @abc.abstractmethod
     def record_features(self) -> dict[str, Any]:
