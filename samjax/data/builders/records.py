@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import file_adapters
 
+from samjax.data.builders.archives import Archive
 from samjax.data.walk import Track, untracked
 
 
@@ -72,6 +73,14 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     @abc.abstractmethod
     def missing(cls, folder: Path) -> str:
         """What to say where `find` finds nothing."""
+
+    @classmethod
+    def downloads(cls) -> tuple[Archive, ...]:
+        """What to download where `find` finds nothing; nothing where it takes a person."""
+        if cls.DOWNLOAD is None:
+            return ()
+        url, size, sha256 = cls.DOWNLOAD
+        return (Archive(cls.ARCHIVE, cls.ARCHIVE, url, size, sha256),)
 
     @abc.abstractmethod
     def record_features(self) -> dict[str, Any]:
