@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from samjax.data.builders.records import RecordsBuilder
 
-_CLASSES = {"kvasir_seg": "KvasirSeg", "nyuv2": "Nyuv2"}
+_CLASSES = {
+    "kvasir_seg": "KvasirSeg",
+    "nyuv2": "Nyuv2",
+    "coco2017": "Coco2017",
+    "nwpu_vhr10": "NwpuVhr10",
+    "ssdd": "Ssdd",
+    "trans10k_v1": "Trans10kV1",
+    "trans10k_v2": "Trans10kV2",
+    "voc2012": "Voc2012",
+    "whu_building": "WhuBuilding",
+}
 DATASETS = tuple(_CLASSES)
 
 
