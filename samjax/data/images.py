@@ -132,7 +132,7 @@ def read_labels(file: ImageFile) -> Int[np.ndarray, "h w"]:
     )
 
 
-def image_size(file: Path) -> tuple[int, int]:
+def image_size(file: ImageFile) -> tuple[int, int]:
     """(height, width) after the EXIF orientation, from the header; ValueError as `read_image`."""
     with _decoding(file), Image.open(file) as opened:
         turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5

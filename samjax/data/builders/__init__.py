@@ -25,6 +25,13 @@ _CLASSES = {
     "leaf_disease": "LeafDisease",
     "massachusetts_roads": "MassachusettsRoads",
     "nyuv2": "Nyuv2",
+    "coco2017": "Coco2017",
+    "nwpu_vhr10": "NwpuVhr10",
+    "ssdd": "Ssdd",
+    "trans10k_v1": "Trans10kV1",
+    "trans10k_v2": "Trans10kV2",
+    "voc2012": "Voc2012",
+    "whu_building": "WhuBuilding",
 }
 DATASETS = tuple(_CLASSES)
 
