@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from samjax.data.dense import DenseSample, checked_truth, no_validation
 from samjax.data.dense_labels import check_labels_task, read_classes
 from samjax.data.images import EncodedImage, read_image
 from samjax.data.splits import DEFAULT_FRACTIONS, Fractions
-from samjax.data.tfds import choose_records, open_prepared
+from samjax.data.tfds import Records, open_prepared
 from samjax.tasks import Task
 
 _LABELS, _LABELLED = "labels", "segmentation"
@@ -62,13 +61,9 @@ class DenseTfds:
         stored = builder.info.metadata["names"].keys()
         if split == "validation" and stored == {"train", "test"}:
             raise no_validation()
-        split, self.names, self._positions = choose_records(builder, split, seed, fractions)
+        self._records = Records(name, split, seed, fractions, data_dir)
+        self.names: tuple[str, ...] = self._records.names
         self._tasks = tuple(tasks)
-        encoded = ("image", _LABELS) if _LABELS in features else ("image",)
-        self._encoded = frozenset(encoded)
-        decoders = {key: tfds.decode.SkipDecoding() for key in encoded}
-        self._records = builder.as_data_source(split, decoders=decoders)
-        self._folder = Path(builder.data_dir)
 
     def check_sizes(self) -> None:
         """Reads the first sample. Raises as reading does."""
@@ -80,28 +75,24 @@ class DenseTfds:
 
     def __getitem__(self, index: int) -> DenseSample:
         """The sample at a position. Raises ValueError, naming it, where it cannot be used."""
-        name, record = self.names[index], self._records[self._positions[index]]
-        image = read_image(self._file(name, record, "image"))
+        record = self._records[index]
+        image = read_image(self._records.file(index, record, "image"))
         truth = {
-            task.name: self._truth(name, record, task, image.shape[:2]) for task in self._tasks
+            task.name: self._truth(index, record, task, image.shape[:2]) for task in self._tasks
         }
-        return DenseSample(name, image, truth)
+        return DenseSample(self.names[index], image, truth)
 
     def _truth(
-        self, name: str, record: dict[str, Any], task: Task, size: tuple[int, ...]
+        self, index: int, record: dict[str, Any], task: Task, size: tuple[int, ...]
     ) -> np.ndarray:
-        if task.name == _LABELLED and _LABELS in self._encoded:
-            return read_classes(self._file(name, record, _LABELS), task, size)
-        where = self._folder / f"{name} ({task.name})"
+        if task.name == _LABELLED and _LABELS in self._records.features:
+            return read_classes(self._records.file(index, record, _LABELS), task, size)
+        where = self._records.folder / f"{self.names[index]} ({task.name})"
         return checked_truth(record[task.name], task, size, where)
 
     def image_file(self, index: int) -> EncodedImage:
         """The file of a sample's image."""
-        record = self._records[self._positions[index]]
-        return self._file(self.names[index], record, "image")
-
-    def _file(self, name: str, record: dict[str, Any], key: str) -> EncodedImage:
-        return EncodedImage(record[key], self._folder / f"{name} ({key})")
+        return self._records.file(index, self._records[index], "image")
 
 
 def _check_classes(task: Task, name: str, classes: Sequence[str]) -> None:
