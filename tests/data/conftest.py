@@ -55,7 +55,7 @@ def train_one_step(draw_params):
     variables = {"params": jax.tree.map(jnp.asarray, draw_params(model)), "peft": {}}
     train, frozen = peft.partition(variables, peft.trainable(spec, model, variables))
     labels = trained_labels(peft.groups(spec, model, variables))
-    optimizer = make_optimizer(OptimizerConfig(), 10, labels, 1e-3)
+    optimizer = make_optimizer(OptimizerConfig(warmup=0.0), 10, labels, 1e-3)
     step = make_train_step(model, optimizer, objective=MaskObjective())
 
     def run(source):
