@@ -29,8 +29,15 @@ class DenseTfds:
         known = sorted(set(builder.info.features) - {"name", "image"})
         if known == ["mask"]:
             raise ValueError(f"{name} has masks and no dense tasks: leave out tasks")
+        # Of a dataset with several numbers of classes, each has a truth of its own.
+        self._truths = {
+            task.name: name
+            for task in tasks
+            for name in (task.name, f"{task.name}_{task.channels}")
+            if name in known
+        }
         for task in tasks:
-            if task.name not in known:
+            if task.name not in self._truths:
                 nearest = difflib.get_close_matches(task.name, known, n=1, cutoff=0.0)[0]
                 raise ValueError(
                     f"{name} has no task {task.name!r}; the nearest is {nearest}, it has "
@@ -59,8 +66,8 @@ class DenseTfds:
         image = read_image(self._image_file(name, record))
         truth = {}
         for task in self._tasks:
-            where = self._folder / f"{name} ({task.name})"
-            truth[task.name] = checked_truth(record[task.name], task, image.shape[:2], where)
+            array, where = record[self._truths[task.name]], self._folder / f"{name} ({task.name})"
+            truth[task.name] = checked_truth(array, task, image.shape[:2], where)
         return DenseSample(name, image, truth)
 
     def image_file(self, index: int) -> EncodedImage:

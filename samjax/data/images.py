@@ -101,7 +101,7 @@ def read_mask(file: ImageFile) -> tuple[Bool[np.ndarray, "h w"], str | None]:
     return values > 127, SOFT
 
 
-def read_labels(file: Path) -> Int[np.ndarray, "h w"]:
+def read_labels(file: ImageFile) -> Int[np.ndarray, "h w"]:
     """Decodes a label image: grey values or palette indices as they are, none below 0.
 
     Raises ValueError for what cannot hold labels: JPEG, colours, floating point, negative values.

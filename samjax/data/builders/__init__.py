@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from samjax.data.builders.records import RecordsBuilder
 
-_CLASSES = {"kvasir_seg": "KvasirSeg", "nyuv2": "Nyuv2"}
+_CLASSES = {
+    "kvasir_seg": "KvasirSeg",
+    "nyuv2": "Nyuv2",
+    "cityscapes": "Cityscapes",
+    "pascal_context": "PascalContext",
+}
 DATASETS = tuple(_CLASSES)
 
 
