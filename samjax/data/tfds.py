@@ -30,6 +30,32 @@ def open_prepared(name: str, data_dir: Path | None = None) -> tfds.core.DatasetB
     return tfds.builder_from_directory(folder)
 
 
+def choose_records(
+    builder: tfds.core.DatasetBuilder, split: str, seed: int, fractions: Fractions
+) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
+    """Of a split: the stored split that it lies in, its names, and the positions of these there.
+
+    A dataset without official splits, which is all `train`, is split by seed as a flat folder is;
+    where its metadata has `groups`, such as the volume of each slice, no group is divided. Raises
+    ValueError for a split that is not there or empty.
+    """
+    name, folder = builder.info.name, Path(builder.data_dir)
+    stored: dict[str, list[str]] = builder.info.metadata["names"]
+    split = check_split(split)
+    if stored.keys() == {"train"}:
+        groups: list[str] = builder.info.metadata.get("groups", stored)["train"]
+        drawn = set(draw_split(folder, list(dict.fromkeys(groups)), split, seed, fractions))
+        grouped = zip(stored["train"], groups, strict=True)
+        names = sorted(name for name, group in grouped if group in drawn)
+        split = "train"
+    elif split in stored:
+        names = stored[split]
+    else:
+        raise ValueError(f"{name} has no split {split!r}, only {', '.join(stored)}")
+    positions = {name: position for position, name in enumerate(stored[split])}
+    return split, tuple(names), tuple(positions[name] for name in names)
+
+
 class TfdsSource:
     """One split of a prepared dataset; its samples are those of the folder that it was built from.
 
@@ -52,18 +78,7 @@ class TfdsSource:
         if "mask" not in builder.info.features:
             raise ValueError(f"{name} has dense tasks and no masks: name them with tasks")
         folder = Path(builder.data_dir)
-        split = check_split(split)
-        stored: dict[str, list[str]] = builder.info.metadata["names"]
-        if stored.keys() == {"train"}:
-            names = draw_split(folder, stored["train"], split, seed, fractions)
-            split = "train"
-        elif split in stored:
-            names = stored[split]
-        else:
-            raise ValueError(f"{name} has no split {split!r}, only {', '.join(stored)}")
-        self.names: tuple[str, ...] = tuple(names)
-        positions = {name: position for position, name in enumerate(stored[split])}
-        self._positions = tuple(positions[name] for name in names)
+        split, self.names, self._positions = choose_records(builder, split, seed, fractions)
         encoded = {key: tfds.decode.SkipDecoding() for key in ("image", "mask")}
         self._records = builder.as_data_source(split, decoders=encoded)
         self._folder = folder
