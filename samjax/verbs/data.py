@@ -27,7 +27,7 @@ class Data:
     action: Positional[Literal["list", "prepare"]]
     """list shows all; prepare downloads one, unless it is at hand, and builds it."""
     name: Positional[str | None] = None
-    """Which one to prepare."""
+    """Which one to prepare; NAME:SETTING=VALUE,... where it can be made in several ways."""
     manual_dir: Path | None = None
     """A folder that holds the dataset's archive, or what was extracted of it."""
     data_dir: Path | None = None
@@ -83,7 +83,9 @@ def _table(data_dir: Path) -> str:
         state = f"prepared: {entry['path']}" if entry["path"] else f"not prepared in {data_dir}"
         lines += [
             f"{name}: {entry['title']}",
-            f"  {entry['pairs']} pairs, {entry['homepage']}",
+            f"  {entry['homepage']}"
+            if entry["pairs"] is None
+            else f"  {entry['pairs']} pairs, {entry['homepage']}",
             f"  license: {entry['license']}",
             f"  {state}",
         ]
