@@ -5,10 +5,11 @@ The archives hold `AbdomenCT-1K-ImagePart{1,2,3}/Case_00001_0000.nii.gz`, 1062 v
 images are read where they lie, or from what was extracted of them. Images without labels are left
 out. There is no official split, and slices of one volume are never in two.
 
-Slices are made as SAM-PARSER's released code makes them, which is MedSAM's of that time: values
-from -500 to 1000 HU become grey, 256 pixels a side, and slices with too little of the organs are
-left out. What differs: that code has another window for each volume that does not fill this one,
-and leaves out the topmost slice; its organs are one, here all that are named in `organs`.
+Slices are made as SAM-PARSER's released code wants them, by MedSAM's `pre_CT.py` of that time:
+values from -500 to 1000 HU become grey, 256 pixels a side, and slices with 100 pixels of an organ
+or less are left out. What differs: that code takes one organ, narrows the window of a volume that
+does not fill it, paints black what is exactly 0 HU, and leaves out each volume's topmost slice and
+volumes with no more than 1000 voxels of the organ.
 """
 
 from __future__ import annotations
