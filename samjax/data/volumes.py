@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gzip
+import io
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
-from typing import IO
 
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
@@ -25,7 +25,7 @@ class VolumeFile:
     """A .nii.gz file, wherever it lies; messages call it by `path`."""
 
     path: Path
-    open: Callable[[], AbstractContextManager[IO[bytes]]]
+    open: Callable[[], AbstractContextManager[io.BufferedIOBase]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import weakref
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 
 class Members:
@@ -27,6 +28,7 @@ class Members:
             return
         with _reading(place):
             self._archive = zipfile.ZipFile(place)
+        weakref.finalize(self, self._archive.close)  # or Python may warn of a file left open
         self.names = sorted(
             name
             for name in self._archive.namelist()
@@ -38,7 +40,7 @@ class Members:
         return self.place / name
 
     @contextlib.contextmanager
-    def open(self, name: str) -> Iterator[IO[bytes]]:
+    def open(self, name: str) -> Iterator[io.BufferedIOBase]:
         """A file, read from its beginning. Raises ValueError where the archive is broken."""
         if self._archive is None:
             with open(self.place / name, "rb") as opened:
