@@ -49,8 +49,15 @@ class DenseTfds:
         known = sorted(_LABELLED if key == _LABELS else key for key in features - _OTHERS)
         if not known:
             raise ValueError(f"{name} has masks and no dense tasks: leave out tasks")
+        # Of a dataset with several numbers of classes, each has a truth of its own.
+        self._truths = {
+            task.name: name
+            for task in tasks
+            for name in (task.name, f"{task.name}_{task.channels}")
+            if name in known
+        }
         for task in tasks:
-            if task.name not in known:
+            if task.name not in self._truths:
                 nearest = difflib.get_close_matches(task.name, known, n=1, cutoff=0.0)[0]
                 raise ValueError(
                     f"{name} has no task {task.name!r}; the nearest is {nearest}, it has "
@@ -88,7 +95,7 @@ class DenseTfds:
         if task.name == _LABELLED and _LABELS in self._records.features:
             return read_classes(self._records.file(index, record, _LABELS), task, size)
         where = self._records.folder / f"{self.names[index]} ({task.name})"
-        return checked_truth(record[task.name], task, size, where)
+        return checked_truth(record[self._truths[task.name]], task, size, where)
 
     def image_file(self, index: int) -> EncodedImage:
         """The file of a sample's image."""

@@ -46,16 +46,20 @@ def choose_records(
 ) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
     """Of a split: the stored split that it lies in, its names, and the positions of these there.
 
-    A dataset without official splits, which is all `train`, is split by seed as a flat folder is.
-    Of a split that has parts, `part` alone is taken, where it is given. Raises ValueError for a
-    split that is not there or empty.
+    A dataset without official splits, which is all `train`, is split by seed as a flat folder is;
+    where its metadata has `groups`, such as the volume of each slice, no group is divided. Of a
+    split that has parts, `part` alone is taken, where it is given. Raises ValueError for a split
+    that is not there or empty.
     """
     name, folder = builder.info.name, Path(builder.data_dir)
     stored: dict[str, list[str]] = builder.info.metadata["names"]
     split = check_split(split)
     parts: dict[str, list[str]] = builder.info.metadata.get("parts", {}).get(split, {})
     if stored.keys() == {"train"}:
-        names = draw_split(folder, stored["train"], split, seed, fractions)
+        groups: list[str] = builder.info.metadata.get("groups", stored)["train"]
+        drawn = set(draw_split(folder, list(dict.fromkeys(groups)), split, seed, fractions))
+        grouped = zip(stored["train"], groups, strict=True)
+        names = sorted(name for name, group in grouped if group in drawn)
         split = "train"
     elif split in stored:
         names = parts.get(part, stored[split])

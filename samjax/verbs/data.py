@@ -27,7 +27,7 @@ class Data:
     action: Positional[Literal["list", "prepare"]]
     """list shows all; prepare downloads one, unless it is at hand, and builds it."""
     name: Positional[str | None] = None
-    """Which one to prepare."""
+    """Which one to prepare; NAME:SETTING=VALUE,... where it can be made in several ways."""
     manual_dir: Path | None = None
     """A folder that holds the dataset's archive, or what was extracted of it."""
     data_dir: Path | None = None
@@ -80,7 +80,7 @@ def _table(data_dir: Path) -> str:
     entries = {name: _entry(name, data_dir) for name in DATASETS}
     width = max(map(len, entries))
     lines = [
-        f"{'prepared' if entry['path'] else '':8}  {name:{width}}  {entry['pairs']:>7}  "
+        f"{'prepared' if entry['path'] else '':8}  {name:{width}}  {entry['pairs'] or '':>7}  "
         f"{entry['title']}"
         for name, entry in entries.items()
     ]

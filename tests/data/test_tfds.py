@@ -389,3 +389,45 @@ def test_official_splits_are_kept(tmp_path, monkeypatch):
     assert sources["test"][0].mask.all()
     with pytest.raises(ValueError, match="no split 'validation', only train, test"):
         TfdsSource("two_parts", "validation", data_dir=tmp_path)
+
+
+class Slices(ImageMaskBuilder, skip_registration=True):
+    """Pictures in groups that no split divides."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    TITLE = LICENSE = CITATION = "of the test"
+    HOMEPAGE = "https://example.org"
+    NUM_PAIRS = 30
+    LAYOUTS = (
+        Layout(
+            "slices/", (Archive("slices"),), {"train": Folders("slices/images", "slices/masks")}
+        ),
+    )
+
+    def contents(self, found):
+        """All as one split; the groups have different sizes."""
+        splits = super().contents(found)
+        self.info.metadata["groups"] = {"train": [name[:2] for name in splits["train"].names]}
+        return splits
+
+
+def test_groups_are_not_divided(tmp_path, monkeypatch):
+    monkeypatch.setitem(builders._CLASSES, "slices", "Slices")
+    monkeypatch.setitem(sys.modules, "samjax.data.builders.slices", sys.modules[__name__])
+    names = sorted(f"v{i}_{j}" for i in range(10) for j in range(1 + i % 5))
+    for kind in ("images", "masks"):
+        (tmp_path / "slices" / kind).mkdir(parents=True)
+        for name in names:
+            Image.new("L", (9, 8), 255).save(tmp_path / "slices" / kind / f"{name}.png")
+    prepare("slices", tmp_path, tmp_path, quiet())
+    drawn = set()
+    for seed in range(4):
+        options = {"seed": seed, "fractions": (0.5, 0.2, 0.3), "data_dir": tmp_path}
+        splits = [TfdsSource("slices", split, **options) for split in ("train", "val", "test")]
+        groups = [{name[:2] for name in split.names} for split in splits]
+        assert [len(own) for own in groups] == [5, 2, 3]
+        assert sorted(sum((split.names for split in splits), ())) == names
+        assert all(split.names == tuple(sorted(split.names)) for split in splits)
+        assert splits[2][0].name == splits[2].names[0]
+        drawn.add(frozenset(groups[2]))
+    assert len(drawn) == 4

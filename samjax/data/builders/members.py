@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tarfile
+import weakref
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -91,7 +92,12 @@ def _of_folder(place: Path) -> tuple[list[str], _Opener]:
 
 def _of_zip(place: Path) -> tuple[list[str], _Opener]:
     archive = zipfile.ZipFile(place)
-    return [name for name in archive.namelist() if not name.endswith("/")], archive.open
+
+    def read(name: str) -> io.BufferedIOBase:
+        return archive.open(name)
+
+    weakref.finalize(read, archive.close)  # or Python may warn of a file left open
+    return [name for name in archive.namelist() if not name.endswith("/")], read
 
 
 def _of_tar(place: Path) -> tuple[list[str], _Opener]:

@@ -42,8 +42,8 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     # What the data may be used for.
     LICENSE: ClassVar[str]
     CITATION: ClassVar[str]
-    # How many images with their truths there are.
-    NUM_PAIRS: ClassVar[int]
+    # How many images with their truths there are; None where it depends on settings.
+    NUM_PAIRS: ClassVar[int | None]
 
     # TFDS would look for checksums beside this file, and for that needs a package
     # (importlib_resources) that it does not require.
@@ -54,6 +54,16 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def __init__(self, *, file_format: str = "array_record", **options: Any) -> None:
         super().__init__(file_format=file_format, **options)
+
+    @classmethod
+    def configured(cls, settings: str) -> tfds.core.BuilderConfig | None:
+        """The settings of a text, as `samjax.data.builders.settings` has it; None: there are none.
+
+        Raises ValueError for settings that the dataset has not.
+        """
+        if settings:
+            raise ValueError(f"{cls.name} has no settings")
+        return None
 
     @classmethod
     @abc.abstractmethod
@@ -82,6 +92,12 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     @abc.abstractmethod
     def contents(self, found: Path) -> dict[str, Contents]:
         """The splits of what `find` found. Raises ValueError where it is not the dataset."""
+
+    def _create_builder_config(
+        self, builder_config: Any, version: Any
+    ) -> tfds.core.BuilderConfig | None:
+        # TFDS's own lists the configurations that there can be, and warns of others.
+        return builder_config if builder_config is not None else self.configured("")
 
     @property
     def MANUAL_DOWNLOAD_INSTRUCTIONS(self) -> str:
