@@ -4,7 +4,6 @@ import io
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from rich.console import Console
 
@@ -69,10 +68,8 @@ def train_one_step(draw_params):
         )[0]
         assert batch["mask"].any(axis=(1, 2)).all()
         copied = jax.tree.map(jnp.array, train)  # the step donates its state
-        state, logs = step(init_state(copied, optimizer), frozen, batch)
-        assert int(logs["bad_leaf"]) == -1
-        pairs = zip(jax.tree.leaves(train), jax.tree.leaves(state.train), strict=True)
-        assert any((np.asarray(old) != np.asarray(new)).any() for old, new in pairs)
+        _, logs = step(init_state(copied, optimizer), frozen, batch)
+        assert int(logs["bad_leaf"]) == -1 and logs["grad_norm"] > 0
         return float(logs["loss"])
 
     return run

@@ -134,6 +134,11 @@ def test_coco_has_what_was_written(coco):
     assert_written("coco2017", "test", VAL, coco / "tfds")
 
 
+def test_a_step_on_objects_of_coco(coco, train_one_step):
+    source = ObjectRecords("coco2017", "train", objects="each", data_dir=coco / "tfds")
+    assert train_one_step(source) > 0
+
+
 @pytest.mark.parametrize("objects", ["together", "each"])
 @pytest.mark.parametrize("classes", [(), ("dog",), ("cat", "dog")])
 def test_samples_are_those_of_the_json(coco, monkeypatch, objects, classes):
@@ -268,6 +273,11 @@ def test_nwpu_has_what_was_written(nwpu):
         np.testing.assert_array_equal(sample.mask, pixels_of(shape))
 
 
+def test_a_step_on_objects_of_nwpu(nwpu, train_one_step):
+    source = ObjectRecords("nwpu_vhr10", "train", objects="each", data_dir=nwpu / "tfds")
+    assert train_one_step(source) > 0
+
+
 def test_what_is_missing_of_nwpu_is_told(tmp_path):
     said = NwpuVhr10.missing(tmp_path)
     assert "no positive image set/ nor NWPU VHR-10 dataset.zip and no annotations.json: get" in said
@@ -314,14 +324,12 @@ def test_ssdd_has_what_was_written(ssdd, split):
     assert_written("ssdd", split, SHIPS[split], ssdd / "tfds")
 
 
+def test_a_step_on_objects_of_ssdd(ssdd, train_one_step):
+    source = ObjectRecords("ssdd", "train", objects="each", data_dir=ssdd / "tfds")
+    assert train_one_step(source) > 0
+
+
 def test_boxes_of_ssdd_are_not_enough(tmp_path, build):
     write_ssdd(tmp_path, "BBox_SSDD")
     with pytest.raises(ValueError, match=r"SSDD-OPEN holds no PSeg_SSDD/coco_style/annotations/tr"):
         build("ssdd", tmp_path / "tfds", tmp_path)
-
-
-@pytest.mark.parametrize("name", ["coco2017", "nwpu_vhr10", "ssdd"])
-def test_a_step_on_objects_with_boxes(name, coco, nwpu, ssdd, train_one_step):
-    root = {"coco2017": coco, "nwpu_vhr10": nwpu, "ssdd": ssdd}[name]
-    source = ObjectRecords(name, "train", objects="each", data_dir=root / "tfds")
-    assert train_one_step(source) > 0
