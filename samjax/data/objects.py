@@ -1,10 +1,11 @@
-"""Which samples the objects of images make: one for each image, or one for each object."""
+"""Objects of images: an index of them, and the samples that they make."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable
-from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+import itertools
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from samjax.data.sources import Objects
 
@@ -32,6 +33,35 @@ class Object(NamedTuple):
     id: int | str
     category: int | str | None
     is_crowd: bool = False
+
+
+# The objects of images in turn, as flat lists, which are quick to parse: how many each image has,
+# and ids, categories, and the places of crowds, of all of them.
+Index = dict[str, list[Any]]
+
+
+def empty_index() -> Index:
+    """That of no image."""
+    return {"counts": [], "ids": [], "categories": [], "crowds": []}
+
+
+def add_image(index: Index, objects: Sequence[Marked]) -> None:
+    """Adds the objects of one more image."""
+    index["counts"].append(len(objects))
+    for one in objects:
+        if one.is_crowd:
+            index["crowds"].append(len(index["ids"]))
+        index["ids"].append(one.id)
+        index["categories"].append(one.category)
+
+
+def objects_of(index: Index) -> list[list[Object]]:
+    """The objects of each image."""
+    crowds = [False] * len(index["ids"])
+    for position in index["crowds"]:
+        crowds[position] = True
+    every = map(Object._make, zip(index["ids"], index["categories"], crowds, strict=True))
+    return [list(itertools.islice(every, count)) for count in index["counts"]]
 
 
 T = TypeVar("T", bound=Marked)

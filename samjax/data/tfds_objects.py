@@ -6,7 +6,6 @@ reads no record.
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from samjax.data import segmentation
 from samjax.data.coco_json import Annotation, category_ids, union
 from samjax.data.images import EncodedImage, read_image, read_labels
 from samjax.data.labels import select
-from samjax.data.objects import Choice, Object, choose
+from samjax.data.objects import Choice, Object, choose, objects_of
 from samjax.data.sources import Objects, Sample
 from samjax.data.splits import DEFAULT_FRACTIONS, Fractions, quote
 from samjax.data.tfds import Records
@@ -49,7 +48,7 @@ class ObjectRecords:
         records = self._records = Records(name, split, seed, fractions, data_dir)
         named = [(entry["name"], entry["id"]) for entry in records.metadata["categories"]]
         kept = category_ids(classes, named, records.folder)
-        present = _objects_of(records.metadata["objects"][records.stored])
+        present = objects_of(records.metadata["objects"][records.stored])
         marked = zip(records.names, (present[i] for i in records.positions), strict=True)
         self._choices = choose(marked, objects, kept if classes else None)
         has_objects = any(choice.objects for choice in self._choices)
@@ -99,12 +98,3 @@ class ObjectRecords:
     ) -> Bool[np.ndarray, "h w"]:
         labels = read_labels(self._records.file(choice.image, record, "labels"))
         return select(labels, [int(one.id) for one in choice.objects])
-
-
-def _objects_of(index: dict[str, list[Any]]) -> list[list[Object]]:
-    """The objects of each record, from the metadata's flat lists."""
-    crowds = [False] * len(index["ids"])
-    for position in index["crowds"]:
-        crowds[position] = True
-    every = map(Object._make, zip(index["ids"], index["categories"], crowds, strict=True))
-    return [list(itertools.islice(every, count)) for count in index["counts"]]

@@ -12,9 +12,11 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from rich.console import Console
 
-from samjax import cli
+from samjax import cli, tasks
 from samjax.data.builders import prepared_folder
 from samjax.data.builders.prepare import prepare
+from samjax.data.dense import open_dense
+from samjax.data.sources import open_source
 from samjax.data.volumes import VolumeFile, read_label_slices, read_slices
 
 SHAPE = (24, 20, 6)  # to the right, to the front, up
@@ -115,6 +117,32 @@ def test_records_are_the_slices_of_the_volumes(data_dir):
         np.testing.assert_array_equal(record["labels"][..., 0], displayed(labels, z))
         left, right = np.split(record["labels"][..., 0] == 1, 2, axis=1)
         assert left.any() and not right.any()  # the liver
+
+
+def test_organs_are_classes_of_a_source(data_dir, monkeypatch, train_one_step):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+    data, options = f"tfds:{NAME}", {"seed": 1, "fractions": (0.8, 0.0, 0.2)}
+    splits = {
+        split: open_source(data, split, classes=("liver",), **options)
+        for split in ("train", "test")
+    }
+    cases = {split: {name[:10] for name in source.names} for split, source in splits.items()}
+    assert len(cases["train"]) == 4 and len(cases["test"]) == 1
+    assert not cases["train"] & cases["test"]
+    source = splits["train"]
+    for name, sample in zip(source.names, (source[i] for i in range(len(source))), strict=True):
+        _, labels = volumes(name[:10])
+        np.testing.assert_array_equal(sample.mask, displayed(labels, int(name[-4:])) == 1)
+    organs = open_source(data, "train", objects="each", **options)
+    assert {name.partition("#")[2] for name in organs.names} == {"1", "3", "4"}
+    assert len(organs) == 4 * (4 + 2 + 1)  # slices of the liver, the spleen and the pancreas
+    assert np.isfinite(train_one_step(source))
+    (task,) = tasks.parse(["segmentation:5:mask_classification"])
+    dense = open_dense(data, "train", [task], **options)
+    _, labels = volumes(dense.names[1][:10])
+    np.testing.assert_array_equal(
+        dense[1].truth["segmentation"], displayed(labels, int(dense.names[1][-4:]))
+    )
 
 
 def test_the_same_volume_stored_otherwise_gives_the_same_records(data_dir, tmp_path):

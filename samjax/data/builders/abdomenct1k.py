@@ -28,8 +28,11 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from samjax.data.builders.members import Members
+from samjax.data.builders.objects import categories_of
 from samjax.data.builders.records import Contents, RecordsBuilder
 from samjax.data.builders.settings import parse_settings, settings_text
+from samjax.data.labels import present_labels
+from samjax.data.objects import Object, add_image, empty_index
 from samjax.data.splits import quote
 from samjax.data.volumes import (
     VolumeFile,
@@ -168,10 +171,14 @@ class Abdomenct1k(RecordsBuilder):
             lambda case: (read_slices(images[case]), self._labels(labels[case]))
         )
 
+        index = empty_index()
+
         def record(case: str, z: int) -> dict[str, bytes]:
             volume, organs = read(case)
             grey = windowed(volume[z], self._settings.window, images[case])
             image = self._resized(grey, Image.Resampling.BICUBIC)
+            present = present_labels(organs[z].astype(np.int32))
+            add_image(index, [Object(organ, organ) for organ in present])
             return {"image": _png(image), "labels": _png(organs[z])}
 
         places = [(case, z) for case, slices in kept.items() for z in slices]
@@ -180,8 +187,10 @@ class Abdomenct1k(RecordsBuilder):
                 f"the labels of {found} have no slice of more than {self._settings.min_area} "
                 f"pixels of {', '.join(self._settings.organs)}: lower min_area"
             )
-        self.info.metadata["classes"] = list(_CLASSES)
-        self.info.metadata["groups"] = {"train": [case for case, _ in places]}
+        metadata = self.info.metadata
+        metadata["classes"], metadata["categories"] = list(_CLASSES), categories_of(_CLASSES)
+        metadata["objects"] = {"train": index}
+        metadata["groups"] = {"train": [case for case, _ in places]}
         names = [f"{case}_{z:04}" for case, z in places]
         return {"train": Contents(names, (record(case, z) for case, z in places))}
 

@@ -19,7 +19,7 @@ from samjax.data.builders.archives import Archive
 from samjax.data.builders.members import Members
 from samjax.data.builders.records import Contents, RecordsBuilder
 from samjax.data.coco_json import Annotation
-from samjax.data.objects import Object
+from samjax.data.objects import Object, add_image, empty_index
 
 
 class Truth(NamedTuple):
@@ -31,6 +31,11 @@ class Truth(NamedTuple):
     image: bytes
     objects: Sequence[Annotation] | Sequence[Object]
     labels: bytes | None = None
+
+
+def categories_of(classes: Sequence[str]) -> list[dict[str, Any]]:
+    """The classes of label images as COCO lists categories; 0 is the background."""
+    return [{"id": value, "name": name} for value, name in enumerate(classes) if value]
 
 
 # The names of a split's images, each with what reads it.
@@ -104,7 +109,7 @@ class ObjectsBuilder(RecordsBuilder, skip_registration=True):
 
     def categories(self) -> list[dict[str, Any]]:
         """The categories as COCO lists them; `readers` was called before."""
-        return [{"id": value, "name": name} for value, name in enumerate(self.CLASSES) if value]
+        return categories_of(self.CLASSES)
 
     def record_features(self) -> dict[str, Any]:
         """An image, and what `KEYS` name."""
@@ -128,17 +133,10 @@ class ObjectsBuilder(RecordsBuilder, skip_registration=True):
         }
 
     def _records(self, split: str, readers: Readers) -> Iterator[dict[str, Any]]:
-        # Flat lists are quick to parse: how many objects each image has, and all of these in turn.
-        index: dict[str, list[Any]] = {"counts": [], "ids": [], "categories": [], "crowds": []}
-        self.info.metadata["objects"][split] = index
+        index = self.info.metadata["objects"][split] = empty_index()
         for read in readers.values():
             truth = read()
-            index["counts"].append(len(truth.objects))
-            for one in truth.objects:
-                if one.is_crowd:
-                    index["crowds"].append(len(index["ids"]))
-                index["ids"].append(one.id)
-                index["categories"].append(one.category)
+            add_image(index, truth.objects)
             record: dict[str, Any] = {"image": truth.image}
             if truth.labels is not None:
                 record["labels"] = truth.labels
