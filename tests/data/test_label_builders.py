@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from PIL import Image
+from PIL import ExifTags, Image
 
 from samjax.data.builders.voc2012 import Voc2012
 from samjax.data.labels import LabelSource
@@ -67,6 +67,10 @@ def write_v2(root):
     for split, images in V2.items():
         for name, labels in images.items():
             save(root / split / "images" / f"{name}.jpg", picture(int(name)))
+            if name == "1":  # says that it is to be turned, and the mask is of what is stored
+                exif = Image.Exif()
+                exif[ExifTags.Base.Orientation] = 6
+                Image.fromarray(picture(1)).save(root / split / "images/1.jpg", exif=exif)
             is_palette = name in "24"
             save(root / split / "masks_12" / f"{name}_mask.png", labels, is_palette)
 
@@ -113,9 +117,8 @@ def test_samples_are_those_of_a_folder_of_label_images(trans10k, tmp_path, monke
     monkeypatch.setenv("TFDS_DATA_DIR", str(trans10k / "tfds"))
     for name, labels in V2["train"].items():
         save(tmp_path / "train/labels" / f"{name}.png", labels)
-        source = trans10k / "anywhere/train/images" / f"{name}.jpg"
-        (tmp_path / "train/images").mkdir(exist_ok=True)
-        (tmp_path / "train/images" / source.name).write_bytes(source.read_bytes())
+        pixels = np.asarray(Image.open(trans10k / "anywhere/train/images" / f"{name}.jpg"))
+        save(tmp_path / "train/images" / f"{name}.png", pixels)
     for objects in ("together", "each"):
         for names, values in (((), ()), (("shelf", "cup"), ("1", "7"))):
             expected = LabelSource(tmp_path, "train", objects=objects, classes=values)
@@ -182,6 +185,10 @@ def test_faults_of_trans10k_are_named(tmp_path, build):
     assert f"{mask} is 26x19 pixels (width x height), but" in complaint(
         "trans10k_v2", tmp_path / "v2"
     )
+    (tmp_path / "v2/test/images/5.jpg").write_bytes(b"<html>404</html>")
+    save(mask, labels_of(3))
+    message = complaint("trans10k_v2", tmp_path / "v2")
+    assert "v2/test/images/5.jpg cannot be decoded as an image" in message
     (tmp_path / "v2/validation/images/3.jpg").rename(tmp_path / "v2/validation/images/9.jpg")
     assert "lacks 'validation/masks_12/9_mask.png'" in complaint("trans10k_v2", tmp_path / "v2")
 

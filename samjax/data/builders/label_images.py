@@ -7,11 +7,15 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 from jaxtyping import Int
+from PIL import ExifTags, Image
 
 from samjax.data.builders.members import Members
 from samjax.data.images import IMAGE_EXTENSIONS, EncodedImage, image_size
 from samjax.data.labels import VOID, present_labels
 from samjax.data.splits import quote
+
+# How a JPEG begins, and the second byte of the marker after which its pixels are.
+_JPEG, _SCAN = b"\xff\xd8", 0xDA
 
 
 def pair(members: Members, images: str, truths: str, ending: str) -> dict[str, tuple[str, str]]:
@@ -45,6 +49,28 @@ def check_present(members: Members, needed: Sequence[str], needs: Path) -> None:
         raise ValueError(
             f"{members.path('')} lacks {quote(missing)}, which {needs} needs: get it anew"
         )
+
+
+def image_as_stored(members: Members, name: str) -> EncodedImage:
+    """An image file whose pixels are shown as they are stored: a JPEG loses its EXIF orientation.
+
+    For datasets whose masks are of the stored pixels, as their authors' reader takes them. Raises
+    ValueError, naming it, for a file that is no image.
+    """
+    image = members.image(name)
+    image_size(image)
+    with Image.open(image) as opened:
+        is_turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    content = image.getvalue()
+    if not (is_turned and content.startswith(_JPEG)):
+        return image
+    kept, place = bytearray(_JPEG), len(_JPEG)
+    while content[place + 1] != _SCAN:
+        end = place + 2 + int.from_bytes(content[place + 2 : place + 4], "big")
+        if content[place + 4 : place + 10] != b"Exif\0\0":
+            kept += content[place:end]
+        place = end
+    return EncodedImage(bytes(kept + content[place:]), members.path(name))
 
 
 def check_files_match(image: EncodedImage, truth: EncodedImage) -> None:

@@ -2,7 +2,8 @@
 
 The archive's masks are pictures: black is background, red are things, white is stuff, which its
 authors' reader tells apart by the mean of the three channels (xieenze/Segment_Transparent_Objects,
-trans10k.py). Validation and test have an easy and a hard part, whose names begin so here.
+trans10k.py). It knows no EXIF orientation, so that masks are of the pixels as they are stored.
+Validation and test have an easy and a hard part, whose names begin so here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jaxtyping import Int
 from PIL import Image
 
 from samjax.data.builders.archives import Archive
-from samjax.data.builders.label_images import check_files_match, pair
+from samjax.data.builders.label_images import check_files_match, image_as_stored, pair
 from samjax.data.builders.members import Members
 from samjax.data.builders.objects import ObjectsBuilder, Readers, Truth
 from samjax.data.images import EncodedImage, read_image
@@ -74,7 +75,7 @@ class Trans10kV1(ObjectsBuilder):
 
 
 def _read(root: Members, image_name: str, mask_name: str) -> Truth:
-    image, mask = root.image(image_name), root.image(mask_name)
+    image, mask = image_as_stored(root, image_name), root.image(mask_name)
     check_files_match(image, mask)
     labels = _classes(mask)
     encoded = io.BytesIO()

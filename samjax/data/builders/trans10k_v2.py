@@ -1,7 +1,8 @@
 """Trans10K-v2: the photos of Trans10K, with 11 classes of transparent objects.
 
 The folder is as its authors' reader has it (xieenze/Trans2Seg, README and transparent11.py): the
-mask of NAME.jpg is NAME_mask.png, whose values, or indices into a palette, are the classes.
+mask of NAME.jpg is NAME_mask.png, whose values, or indices into a palette, are the classes. That
+reader knows no EXIF orientation, so that masks are of the pixels as they are stored.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from samjax.data.builders.archives import Archive
-from samjax.data.builders.label_images import check_files_match, classes_of, pair
+from samjax.data.builders.label_images import (
+    check_files_match,
+    classes_of,
+    image_as_stored,
+    pair,
+)
 from samjax.data.builders.members import Members
 from samjax.data.builders.objects import ObjectsBuilder, Readers, Truth
 from samjax.data.images import read_labels
@@ -72,7 +78,7 @@ class Trans10kV2(ObjectsBuilder):
         }
 
     def _read(self, root: Members, image_name: str, mask_name: str) -> Truth:
-        image, mask = root.image(image_name), root.image(mask_name)
+        image, mask = image_as_stored(root, image_name), root.image(mask_name)
         check_files_match(image, mask)
         present = classes_of(read_labels(mask), self.CLASSES, mask)
         return Truth(image.getvalue(), [Object(label, label) for label in present], mask.getvalue())
