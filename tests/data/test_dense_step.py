@@ -75,6 +75,5 @@ def step_on(data: str, tasks: tuple[Task, ...], draw_params) -> dict[str, float]
 def test_cityscapes_trains(cityscapes, draw_params):
     logs = step_on("tfds:cityscapes", CITYSCAPES, draw_params)
     assert logs["bad_leaf"] == -1 and logs["grad_norm"] > 0
-    # Of 7 classes that are as frequent as noise makes them, and of disparities below 0.5.
     assert logs["loss_segmentation"] > 0 and logs["loss_disparity"] > 0
     assert logs["loss"] == pytest.approx(logs["loss_segmentation"] + logs["loss_disparity"])
