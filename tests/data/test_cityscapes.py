@@ -214,9 +214,10 @@ def test_what_is_missing_or_wrong_in_archives(official, tmp_path):
     assert f"{labels} cannot be decoded as an image" in complaint()
     labels.write_bytes(whole)
     disparity.unlink()
-    assert f"has no disparity/val/{name}_disparity.png: get disparity_tr" in complaint()
+    said = complaint()
+    assert f"{root}/disparity has no val/{name}_disparity.png: get disparity_trainvaltest" in said
     shutil.rmtree(root / "leftImg8bit/val")
-    assert f"{root} has no images in leftImg8bit/val/" in complaint()
+    assert f"{root}/leftImg8bit has no images of val/" in complaint()
     shutil.rmtree(root / "disparity")
     said = complaint(FileNotFoundError)
     assert "holds no disparity_trainvaltest.zip, or what was extracted of it" in said

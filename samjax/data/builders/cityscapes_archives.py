@@ -65,13 +65,12 @@ _NINETEEN[[own for ids in _CATEGORIES.values() for own in ids]] = np.arange(19)
 
 
 def find_archives(folder: Path) -> dict[str, Path]:
-    """Of each kind, its archive, or the folder that holds a folder of its name; what there is."""
+    """Of each kind, the folder of its name, else its archive; what there is."""
     found = {}
     for kind, archive in ARCHIVES.items():
-        places = (folder, folder / Path(archive).stem)
-        extracted = [place for place in places if (place / kind).is_dir()]
-        if extracted or (folder / archive).is_file():
-            found[kind] = extracted[0] if extracted else folder / archive
+        places = (folder / kind, folder / Path(archive).stem / kind, folder / archive)
+        if there := [place for place in places if place.exists()]:
+            found[kind] = there[0]
     return found
 
 
@@ -85,25 +84,25 @@ class CityscapesArchives:
         without a truth.
         """
         members = {kind: Members(place) for kind, place in places.items()}
-        begin = f"leftImg8bit/{_SPLITS[split]}/"
-        stems = [
-            name.removesuffix(_KINDS["leftImg8bit"]).removeprefix("leftImg8bit/")
+        # Archives hold the folder of their kind.
+        self._begin = {k: "" if p.is_dir() else f"{k}/" for k, p in places.items()}
+        self._members = members
+        begin, ending = self._begin["leftImg8bit"], _KINDS["leftImg8bit"]
+        self._stems = stems = [
+            name.removeprefix(begin).removesuffix(ending)
             for name in members["leftImg8bit"].names
-            if name.startswith(begin) and name.endswith(_KINDS["leftImg8bit"])
+            if name.startswith(f"{begin}{_SPLITS[split]}/") and name.endswith(ending)
         ]
         if not stems:
-            raise ValueError(f"{places['leftImg8bit']} has no images in {begin}")
-        for kind, ending in _KINDS.items():
+            raise ValueError(f"{places['leftImg8bit']} has no images of {_SPLITS[split]}/")
+        for kind in _KINDS:
             there = set(members[kind].names)
-            missing = [stem for stem in stems if f"{kind}/{stem}{ending}" not in there]
-            if missing:
+            names = (self._name(kind, index) for index in range(len(stems)))
+            if missing := [name for name in names if name not in there]:
                 more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
                 raise ValueError(
-                    f"{places[kind]} has no {kind}/{missing[0]}{ending}{more}: get "
-                    f"{ARCHIVES[kind]} again"
+                    f"{places[kind]} has no {missing[0]}{more}: get {ARCHIVES[kind]} again"
                 )
-        self._members = members
-        self._stems = stems
         self.names = tuple(Path(stem).name for stem in stems)
 
     def __len__(self) -> int:
@@ -143,6 +142,9 @@ class CityscapesArchives:
             raise ValueError(f"{file} has the value {values.max()}, above {highest}")
         return resize_nearest(values, SIZE)
 
+    def _name(self, kind: str, index: int) -> str:
+        return f"{self._begin[kind]}{self._stems[index]}{_KINDS[kind]}"
+
     def _file(self, kind: str, index: int) -> EncodedImage:
-        name = f"{kind}/{self._stems[index]}{_KINDS[kind]}"
+        name = self._name(kind, index)
         return EncodedImage(self._members[kind].read(name), self._members[kind].path(name))
