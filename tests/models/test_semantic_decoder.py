@@ -9,7 +9,6 @@ import pytest
 
 from samjax import peft
 from samjax.models.msam import MSam, maps_of, msam_params
-from samjax.nn import Context
 from samjax.peft import MethodConfig
 from samjax.tasks import parse
 
@@ -119,27 +118,14 @@ def test_what_trains_is_the_decoder_without_what_it_lacks(model, start):
     assert peft.report(spec, model).decoder == expected
 
 
-def test_all_tasks_in_one_pass(model, start):
+def test_all_tasks_have_maps(model, start):
     image = jnp.asarray(RNG.integers(0, 255, (1, 128, 128, 3), np.uint8))
     size = jnp.full((1, 2), 128, jnp.int32)
-
-    @jax.jit
-    def both(params):
-        together = model.apply({"params": params}, image, size)
-        embedding = model.apply({"params": params}, image, size, method="encode")
-        alone = {
-            task.name: model.apply(
-                {"params": params}, embedding, task.name, Context(task=i), method="decode_task"
-            )
-            for i, task in enumerate(TASKS)
-        }
-        return together, {name: maps_of(decoded) for name, decoded in alone.items()}
-
-    together, alone = both(start)
+    decoded = jax.jit(lambda p: model.apply({"params": p}, image, size))(start)
     for task in TASKS:
-        maps = maps_of(together[task.name])
+        maps = maps_of(decoded[task.name])
         assert maps.shape == (1, task.channels, 32, 32) and maps.dtype == np.float32
-        np.testing.assert_allclose(maps, alone[task.name], atol=1e-5 * float(jnp.std(maps)) + 1e-6)
     # At first every class is as likely, so that its scores are one map.
-    scores = maps_of(together["segmentation"])[0]
+    scores = maps_of(decoded["segmentation"])[0]
     np.testing.assert_allclose(scores[0], scores[2], rtol=1e-5)
+    assert np.std(scores[0]) > 1e-3

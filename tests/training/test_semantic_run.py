@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from rich.console import Console
 import samjax
 from samjax import cli, peft
 from samjax.config import Config, OptimizerConfig
+from samjax.data.dense_augment import DenseAugmentConfig
 from samjax.data.images import read_image
 from samjax.models import Sam
 from samjax.peft import MethodConfig
@@ -21,7 +23,7 @@ from samjax.tasks import Task
 from samjax.weights import save_checkpoint
 
 COLOURS = np.uint8([(40, 60, 50), (220, 60, 40), (60, 90, 230)])  # of ground and two classes
-COUNTS = {"train": 8, "val": 2, "test": 3}
+COUNTS = {"train": 24, "val": 2, "test": 3}
 
 
 def scene(rng):
@@ -55,14 +57,15 @@ def config(tmp_path_factory, small_config, draw_params):
         data=str(root / "data"),
         tasks=("segmentation:3:mask_classification",),
         method=MethodConfig("lora", rank=2),
-        optimizer=OptimizerConfig(learning_rate=3e-3, decoder_learning_rate=3e-3),
+        optimizer=OptimizerConfig(learning_rate=3e-3, decoder_learning_rate=1e-2),
+        dense_augment=DenseAugmentConfig(scales=(1.0,)),
         image_size=64,
-        steps=40,
+        steps=120,
         batch_size=4,
-        validate_every=20,
+        validate_every=60,
         keep="best",
-        checkpoint_every=20,
-        log_every=10,
+        checkpoint_every=120,
+        log_every=40,
         gallery=1,
     )
 
@@ -93,7 +96,7 @@ def test_it_learns_the_classes(whole, config):
     confusion = confusion_of([(truth, np.zeros_like(truth)) for truth in truths])
     ground = confusion[0, 0] / confusion.sum()
     assert summary["before"] == pytest.approx(
-        {"segmentation/miou": ground / 3, "segmentation/pixel_accuracy": ground}
+        {"segmentation/miou": ground / 3, "segmentation/pixel_accuracy": ground}, abs=1e-6
     )
     assert summary["after"]["segmentation/miou"] > 0.6
     assert summary["best_validation"]["segmentation/miou"] > 0.6
@@ -105,7 +108,7 @@ def test_it_learns_the_classes(whole, config):
     predictor = samjax.TaskPredictor(
         *samjax.load_adapted(config.weights, out / "adapter.safetensors")
     )
-    images = [read_image(out.__class__(config.data, "test/images", file)) for file in files]
+    images = [read_image(Path(config.data, "test/images", file)) for file in files]
     predicted = [predictor.predict(image)["segmentation"] for image in images]
     assert all(classes.dtype == np.int32 for classes in predicted)
     confusion = confusion_of(list(zip(truths, predicted, strict=True)))
@@ -164,9 +167,14 @@ def test_verbs_take_it(whole, config, tmp_path, capsys):
 
 
 def test_matched_tokens_train_too(config, tmp_path):
-    """In two decoders at once, one of which has more tokens than classes."""
+    """Of more tokens than classes."""
     tasks = ("segmentation:3:mask_classification:1:6",)
-    changes = {"steps": 4, "validate_every": None, "keep": "last", "accumulate": 2}
+    changes = {
+        "steps": 2,
+        "validate_every": None,
+        "keep": "last",
+        "method": MethodConfig("decoder"),
+    }
     summary = run(dataclasses.replace(config, tasks=tasks, **changes), tmp_path / "run")
     assert all(0 <= value <= 1 for value in summary["after"].values())
     adapter = peft.read(tmp_path / "run/adapter.safetensors")
