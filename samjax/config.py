@@ -55,7 +55,8 @@ class Config:
     # Whether all that is marked in an image is one mask, or each object (COCO's annotations, the
     # values of label images) is a sample of its own, whose prompt is drawn from that object.
     objects: Literal["together", "each"] = "together"
-    # What counts as an object: COCO's categories by name, or values in label images; left out, all.
+    # What counts as an object: categories by name, also those of tfds:NAME, or values in label
+    # images; left out, all.
     classes: tuple[str, ...] = ()
     # What the weights are, such as vit_b or vit_t; "auto" tells it from them, which is an error
     # where models differ in their preprocessing alone, as vit_b and medsam do.
