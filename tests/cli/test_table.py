@@ -117,7 +117,7 @@ def test_missing_cells_run_and_are_recorded(call, table, monkeypatch):
 
 
 def test_a_cell_that_fails_keeps_none_from_its_own(call, table, monkeypatch):
-    """And without a run that was evaluated before training, SAM as it is gets its own evaluation."""
+    """And SAM as it is gets an evaluation of its own, where no run has one from before training."""
 
     def fail(*arguments, **options):
         raise ValueError("the loss is not\nfinite at step 3")
