@@ -68,7 +68,8 @@ class Config:
     split_seed: int = 0
     # Dense tasks instead of masks, predicted for each pixel: nyuv2, cityscapes or pascal_context,
     # or tasks NAME:CHANNELS:LOSS or NAME:CHANNELS:LOSS:WEIGHT, such as depth:1:masked_l1; losses
-    # are cross_entropy, balanced_bce, masked_l1 and cosine. See `samjax.data.dense` for the data.
+    # are cross_entropy, mask_classification (a semantic head: segmentation:12:mask_classification),
+    # balanced_bce, masked_l1 and cosine. See `samjax.data.dense` for the data.
     tasks: tuple[str, ...] = ()
     # Weights of the tasks' losses: their own, or learnt (Kendall et al. 2018).
     task_weighting: Literal["fixed", "uncertainty"] = "fixed"

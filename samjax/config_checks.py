@@ -82,6 +82,12 @@ def _check_tasks(config: Config) -> None:
         raise ValueError("task_weighting weighs dense tasks: name them with tasks")
     if not tasks and RECIPES[config.method.method].dense:
         config.method.spec()  # which says so
+    heads = [task.name for task in tasks if task.loss == "mask_classification"]
+    if heads and config.method.decoder == "none":
+        raise ValueError(
+            f"task {heads[0]}: with decoder none its semantic head does not train, and knows "
+            "no classes: leave decoder out"
+        )
     if tasks and (config.objects == "each" or config.classes):
         raise ValueError("dense tasks have no objects: leave out objects and classes")
     if not tasks and config.tasks_per_step is not None:

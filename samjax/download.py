@@ -23,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.filesize import decimal
 
-from samjax.hashes import file_sha256
+from samjax.hashes import file_hash
 from samjax.lock import try_lock, wait_lock
 from samjax.terminal import download_bar
 
@@ -53,18 +53,19 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "samjax"
 
 
-def fetch(url: str, path: Path, size: int | None, sha256: str | None, console: Console) -> None:
+def fetch(url: str, path: Path, size: int | None, checksum: str | None, console: Console) -> None:
     """Downloads `url` to `path`, which appears once it is whole and verified.
 
-    `size` in bytes and `sha256` in hexadecimal are those of the published file; None is not
-    checked. What an interrupted download left is continued where the server has not changed the
-    file (RFC 9110: Range with If-Range). Of several processes one downloads, the others wait for
-    it. Raises DownloadError with one sentence; OSError where `path` cannot be written.
+    `size` in bytes and `checksum` are those of the published file: its sha256 in hexadecimal, or
+    `md5:` and its MD5, where that is the one published; None is not checked. What an interrupted
+    download left is continued where the server has not changed the file (RFC 9110: Range with
+    If-Range). Of several processes one downloads, the others wait for it. Raises DownloadError with
+    one sentence; OSError where `path` cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _lock(path, console):
         if path.exists():  # another process was faster
-            verify(path, size, sha256)
+            verify(path, size, checksum)
             return
         partial = _Partial(path, url)
         with download_bar(console) as bar:
@@ -76,7 +77,7 @@ def fetch(url: str, path: Path, size: int | None, sha256: str | None, console: C
                     f"could not download {url} ({error}); run this again to go on, or get that "
                     f"file in another way and put it at {path}"
                 ) from None
-        difference = _difference(partial.file, size, sha256)
+        difference = _difference(partial.file, size, checksum)
         if difference:
             partial.discard()
             raise DownloadError(
@@ -84,31 +85,34 @@ def fetch(url: str, path: Path, size: int | None, sha256: str | None, console: C
                 f"kept; try again, or put the published file at {path}"
             )
         partial.finish()
-        _remember(path, sha256)
+        _remember(path, checksum)
 
 
-def verify(path: Path, size: int | None, sha256: str | None) -> None:
-    """Raises ValueError where a file is not the one of that size and sha256.
+def verify(path: Path, size: int | None, checksum: str | None) -> None:
+    """Raises ValueError where a file is not the one of that size and checksum.
 
     A file in its place is hashed once, and again when its size or time of change is another.
     """
-    if sha256 is not None and _remembers(path, sha256):
+    if checksum is not None and _remembers(path, checksum):
         return
-    difference = _difference(path, size, sha256)
+    difference = _difference(path, size, checksum)
     if difference:
         raise ValueError(
             f"{path} is not the published file ({difference}); delete it, and it is downloaded anew"
         )
-    _remember(path, sha256)
+    _remember(path, checksum)
 
 
-def _difference(file: Path, size: int | None, sha256: str | None) -> str | None:
-    """What tells a file from the one of that size and sha256; None where nothing does."""
+def _difference(file: Path, size: int | None, checksum: str | None) -> str | None:
+    """What tells a file from the one of that size and checksum; None where nothing does."""
     found = file.stat().st_size
     if size is not None and found != size:
         return f"it has {found} bytes, not {size}"
-    if sha256 is not None and (digest := file_sha256(file)) != sha256:
-        return f"its sha256 is {digest}, not {sha256}"
+    if checksum is not None:
+        algorithm, _, expected = checksum.rpartition(":")
+        algorithm = algorithm or "sha256"
+        if (digest := file_hash(file, algorithm)) != expected:
+            return f"its {algorithm} is {digest}, not {expected}"
     return None
 
 
@@ -248,22 +252,22 @@ def _lock(path: Path, console: Console) -> Iterator[None]:
         yield
 
 
-def _state(path: Path, sha256: str) -> str:
+def _state(path: Path, checksum: str) -> str:
     stat = path.stat()
-    return f"{sha256} {stat.st_size} {stat.st_mtime_ns}\n"
+    return f"{checksum} {stat.st_size} {stat.st_mtime_ns}\n"
 
 
-def _remembers(path: Path, sha256: str) -> bool:
+def _remembers(path: Path, checksum: str) -> bool:
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        return _beside(path, "verified").read_text() == _state(path, sha256)
+        return _beside(path, "verified").read_text() == _state(path, checksum)
     return False
 
 
-def _remember(path: Path, sha256: str | None) -> None:
+def _remember(path: Path, checksum: str | None) -> None:
     # In a folder that is only read from, the file is hashed each time.
     with contextlib.suppress(OSError):
-        if sha256 is not None:
-            _beside(path, "verified").write_text(_state(path, sha256))
+        if checksum is not None:
+            _beside(path, "verified").write_text(_state(path, checksum))
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -31,8 +31,13 @@ def params_sha256(params: dict[str, Any], read: Callable[[Any], np.ndarray] = np
 
 def file_sha256(file: Path) -> str:
     """The hash of a file's bytes."""
+    return file_hash(file, "sha256")
+
+
+def file_hash(file: Path, algorithm: str) -> str:
+    """Another hash of a file's bytes, by the name that Python gives it."""
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(stream, algorithm).hexdigest()
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:

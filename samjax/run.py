@@ -7,6 +7,7 @@ checkpoints/         trained leaves and optimiser state, for --resume
 eval_before.csv, eval_after.csv   the metrics of each test image
 adapter.safetensors  every trained leaf
 gallery.png          image, truth, before, after
+report.md            what was trained, what it brought, and which images are worst
 summary.json         what `samjax train --json` prints
 
 A `.lock` file keeps other processes out while one works in the folder.
@@ -38,6 +39,7 @@ from samjax.models import MODELS, Sam
 from samjax.models.flash import check_attention, computes
 from samjax.peft.architecture import left_out
 from samjax.problems import problem_of
+from samjax.report import write_report
 from samjax.run_inputs import check_inputs, inputs_of, tell_other_images, trunk_of
 from samjax.terminal import progress_bar, progress_on
 from samjax.training.loop import STEP_MEMORY, check_stages, fit
@@ -258,7 +260,13 @@ def train(
             "device": jax.devices()[0].device_kind,
             "date": datetime.date.today().isoformat(),
         }
-        on_first(lambda: write_json(out / "summary.json", summary))
+
+        def finish() -> None:
+            counts = {name: len(source) for name, source in sources.items()}
+            write_report(out, config, summary, counts, problem.titles, problem.conditions)
+            write_json(out / "summary.json", summary)  # last: it makes this a finished run
+
+        on_first(finish)
         return summary
 
 

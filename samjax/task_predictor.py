@@ -13,6 +13,7 @@ from jaxtyping import Float32, Shaped
 
 from samjax import preprocess
 from samjax.models import MSam, Sam
+from samjax.models.msam import maps_of
 from samjax.nn import Context
 from samjax.tasks import Task, find
 from samjax.viz_tasks import predicted
@@ -45,9 +46,10 @@ class TaskPredictor:
     ) -> dict[str, Shaped[np.ndarray, "h w *c"]]:
         """What tasks (one by name, several, or all) say of an RGB image, at its own size, by name.
 
-        By the task's loss: `cross_entropy` the classes (h, w), int32; `balanced_bce` the
-        probability (h, w), float32 in [0, 1]; `masked_l1` the number (h, w), float32, in the unit
-        of its training; `cosine` the direction (h, w, 3), float32, of length 1.
+        By the task's loss: `cross_entropy` and `mask_classification` the classes (h, w), int32;
+        `balanced_bce` the probability (h, w), float32 in [0, 1]; `masked_l1` the number (h, w),
+        float32, in the unit of its training; `cosine` the direction (h, w, 3), float32, of length
+        1.
 
         Raises ValueError for another shape or dtype (floats in [0, 1] among them), and for a task
         that there is not, with the nearest.
@@ -59,7 +61,8 @@ class TaskPredictor:
     ) -> dict[str, Float32[np.ndarray, "c lh lw"]]:
         """The model's own maps by task, without activation, of the image in its padded input.
 
-        A quarter of the input's height and width; raises as `predict`.
+        Of `mask_classification` they are the classes' scores. A quarter of the input's height and
+        width; raises as `predict`.
         """
         names = [task.name for task in self.tasks] if tasks is None else tasks
         names = [names] if isinstance(names, str) else names
@@ -91,9 +94,9 @@ def _maps(
     """Low-resolution maps (b, channels, lh, lw) of some tasks, from one pass for all of them."""
     tasks = jnp.array([model.index(name) for name in names], jnp.int32)
     embeddings = model.apply(variables, image, input_size, tasks, method="encode_tasks")
-    return {
-        name: model.apply(
-            variables, embeddings[i], name, Context(task=tasks[i]), method="decode_task"
-        )
-        for i, name in enumerate(names)
-    }
+    found = {}
+    for i, name in enumerate(names):
+        context = Context(task=tasks[i])
+        decoded = model.apply(variables, embeddings[i], name, context, method="decode_task")
+        found[name] = maps_of(decoded)
+    return found

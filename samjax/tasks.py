@@ -9,10 +9,12 @@ import re
 from collections.abc import Sequence
 
 # What each loss says of a task: see `samjax.training.task_losses`.
-LOSSES = ("cross_entropy", "balanced_bce", "masked_l1", "cosine")
+LOSSES = ("cross_entropy", "mask_classification", "balanced_bce", "masked_l1", "cosine")
 # The metrics of tasks with each loss, by name, and whether more is better.
+_OF_CLASSES = {"miou": True, "pixel_accuracy": True}
 METRICS: dict[str, dict[str, bool]] = {
-    "cross_entropy": {"miou": True, "pixel_accuracy": True},
+    "cross_entropy": _OF_CLASSES,
+    "mask_classification": _OF_CLASSES,
     "balanced_bce": {"max_f": True, "iou": True},
     "masked_l1": {"absolute_error": False, "relative_error": False},
     "cosine": {
@@ -27,8 +29,10 @@ METRICS: dict[str, dict[str, bool]] = {
 IGNORE = -1
 # Stands for every task where one is named.
 ALL = "all"
+# Losses whose maps have a channel for each class, the largest of which is the prediction.
+MULTI_CLASS = ("cross_entropy", "mask_classification")
 # Of losses whose truth is a class, (h, w) int32; of others it is (h, w, channels) float32.
-CLASSES = ("cross_entropy", "balanced_bce")
+CLASSES = (*MULTI_CLASS, "balanced_bce")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,20 +40,25 @@ class Task:
     """A map to predict: `channels` numbers a pixel, learnt with `loss`, weighted by `weight`.
 
     `cross_entropy`: logits of classes, truth an int a pixel, -1 where it does not count.
+    `mask_classification`: scores of classes, made of masks and the class of each, truth as before.
+    One mask for each class; with `tokens` so many, which are matched with the classes anew in each
+    image (`samjax.training.mask_classification`).
     `balanced_bce`: a logit of yes or no, such as edges, truth 1 or 0, -1 where it does not count.
     `masked_l1`: one number, such as depth, truth 0 where it is unknown.
     `cosine`: a direction of three numbers, such as a surface normal, truth (0, 0, 0) where unknown.
 
-    As text it is NAME:CHANNELS:LOSS:WEIGHT, which `parse` reads.
+    As text it is NAME:CHANNELS:LOSS:WEIGHT, and with `tokens` NAME:CHANNELS:LOSS:WEIGHT:TOKENS,
+    which `parse` reads.
 
     Raises ValueError for a name that is no identifier or is `ALL`, a loss that there is not, and
-    channels that do not suit it.
+    channels or tokens that do not suit it.
     """
 
     name: str
     channels: int
     loss: str
     weight: float = 1.0
+    tokens: int = 0
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z]\w*", self.name):
@@ -64,7 +73,7 @@ class Task:
             )
         wants = {"balanced_bce": 1, "masked_l1": 1, "cosine": 3}.get(self.loss)
         if self.channels < 2 and wants is None:
-            raise ValueError(f"task {self.name}: cross_entropy needs two classes or more")
+            raise ValueError(f"task {self.name}: {self.loss} needs two classes or more")
         if wants is not None and self.channels != wants:
             count = "1 channel" if wants == 1 else f"{wants} channels"
             raise ValueError(f"task {self.name}: {self.loss} has {count}, not {self.channels}")
@@ -72,15 +81,33 @@ class Task:
             raise ValueError(
                 f"task {self.name}: weight must be finite and not negative, is {self.weight}"
             )
+        if self.tokens and self.loss != "mask_classification":
+            raise ValueError(f"task {self.name}: {self.loss} has no tokens: leave them out")
+        if self.tokens and self.tokens < self.channels:
+            raise ValueError(
+                f"task {self.name}: {self.tokens} tokens cannot show {self.channels} classes at "
+                "once: take as many or more, or leave them out for one of each class"
+            )
 
     def __str__(self) -> str:
         """The text that `parse` reads."""
-        return f"{self.name}:{self.channels}:{self.loss}:{self.weight!r}"
+        tokens = f":{self.tokens}" if self.tokens else ""
+        return f"{self.name}:{self.channels}:{self.loss}:{self.weight!r}{tokens}"
 
     @property
     def classes(self) -> int:
         """How many classes its truth has, where it has any."""
         return max(2, self.channels)
+
+    @property
+    def decodings(self) -> int:
+        """How many decodings make its map, each from a row of "no mask" embedding of its own."""
+        return 1 if self.loss == "mask_classification" else self.channels
+
+    @property
+    def masks(self) -> int:
+        """How many masks are classified, where its loss is mask_classification."""
+        return self.tokens or self.channels
 
     @property
     def metrics(self) -> dict[str, bool]:
@@ -118,7 +145,7 @@ SETS = {"nyuv2": NYUV2, "cityscapes": CITYSCAPES, "pascal_context": PASCAL_CONTE
 
 
 def parse(texts: Sequence[str]) -> tuple[Task, ...]:
-    """Tasks from texts: NAME:CHANNELS:LOSS or NAME:CHANNELS:LOSS:WEIGHT, or a name of `SETS`.
+    """Tasks from texts: NAME:CHANNELS:LOSS, followed by :WEIGHT or :WEIGHT:TOKENS, or of `SETS`.
 
     Raises ValueError for a text that is neither, and for two tasks of one name.
     """
@@ -140,13 +167,15 @@ def _parse(text: str) -> Task:
             "task of your own is NAME:CHANNELS:LOSS, such as depth:1:masked_l1"
         )
     try:
-        channels, loss, *weight = rest
-        channels, weight = int(channels), [float(value) for value in weight]
-        if len(weight) > 1:
+        channels, loss, *numbers = rest
+        if len(numbers) > 2:
             raise ValueError
+        kinds = zip((float, int), numbers, strict=False)
+        channels, numbers = int(channels), [kind(number) for kind, number in kinds]
     except ValueError:
         raise ValueError(
             "a task is NAME:CHANNELS:LOSS or NAME:CHANNELS:LOSS:WEIGHT, such as "
-            f"depth:1:masked_l1:0.5, not {text!r}"
+            f"depth:1:masked_l1:0.5, or NAME:CHANNELS:mask_classification:WEIGHT:TOKENS, not "
+            f"{text!r}"
         ) from None
-    return Task(name, channels, loss, *weight)
+    return Task(name, channels, loss, *numbers)

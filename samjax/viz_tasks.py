@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from samjax.tasks import IGNORE, Task
+from samjax.tasks import IGNORE, MULTI_CLASS, Task
 from samjax.training.task_losses import unit
 
 # Numbers from the least to the largest, equally spaced; dark to light, as viridis.
@@ -37,7 +37,7 @@ def predicted(task: Task, maps: Any) -> Any:
     Classes (b, h, w) int32; of balanced_bce the probability (b, h, w, 1); numbers (b, h, w, 1);
     directions (b, h, w, 3) of length 1.
     """
-    if task.loss == "cross_entropy":
+    if task.loss in MULTI_CLASS:
         return jnp.argmax(maps, axis=1).astype(jnp.int32)
     if task.loss == "balanced_bce":
         maps = jax.nn.sigmoid(maps)
@@ -62,7 +62,7 @@ def picture_of(
     if task.loss == "cosine":
         colors = np.round((values + 1) * 127.5)
         return np.where(values.any(-1, keepdims=True), colors, 0).astype(np.uint8)
-    if task.loss == "cross_entropy":
+    if task.loss in MULTI_CLASS:
         palette = np.array([*_palette(task.channels), _UNKNOWN], np.uint8)
         return palette[np.where(values == IGNORE, task.channels, values)]
     if task.loss == "balanced_bce":  # a truth of yes and no, or a probability

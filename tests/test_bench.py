@@ -73,6 +73,22 @@ def test_the_step_of_an_experiment(capsys, tmp_path, quick_compilation):
     assert "training step of" in shown and "mine.py" in shown
 
 
+def test_a_step_from_cached_features(capsys, quick_compilation):
+    options = ("--what", "decoder", "--model", "small", "--cache-features", "off", "on")
+    result, shown = bench(capsys, "train", *options, "--rounds", "1")
+    whole, cached = result["steps"]
+    assert (whole["cache_features"], cached["cache_features"]) == ("off", "on")
+    # All of the encoder comes before the mask decoder: its products are what is spared.
+    assert whole["flops"] - cached["flops"] == flops(tokens=64, side=8, width=32, patch=16)
+    assert "features" in shown
+
+
+def test_features_need_something_before_what_trains(capsys):
+    code = main(["bench", "train", "--what", "full", "--model", "small", "--cache-features", "on"])
+    assert code != 0
+    assert "leaves nothing out of a step of full" in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_parts_of_an_evaluation(capsys, quick_compilation):
     options = ("--model", "tiny", "--batch-size", "2", "--truth-size", "40", "60", "--rounds", "2")
     result, shown = bench(capsys, "eval", *options)

@@ -102,7 +102,12 @@ def files(path):
     return {file.name for file in path.parent.iterdir()}
 
 
-@pytest.mark.parametrize(("size", "sha256"), [(SIZE, SHA256), (SIZE, None), (None, None)])
+MD5 = f"md5:{hashlib.md5(CONTENT).hexdigest()}"
+
+
+@pytest.mark.parametrize(
+    ("size", "sha256"), [(SIZE, SHA256), (None, MD5), (SIZE, None), (None, None)]
+)
 def test_a_whole_file(server, path, size, sha256):
     get(server.url, path, size, sha256)
     assert path.read_bytes() == CONTENT
@@ -199,6 +204,8 @@ def test_a_wrong_hash_keeps_nothing(server, path):
         DownloadError, match=f"{server.url} gave another file .* sha256 is {SHA256}"
     ):
         get(server.url, path, sha256="0" * 64)
+    with pytest.raises(DownloadError, match=r"its md5 is \w+, not 000\)"):
+        get(server.url, path, sha256="md5:000")
     assert files(path) == {".weights.pth.lock"}
 
 

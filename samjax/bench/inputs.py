@@ -6,6 +6,7 @@ import difflib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from samjax.data.prompts import BOX_LOWER_RIGHT, BOX_UPPER_LEFT
@@ -73,6 +74,19 @@ def dense_batch(model: MSam, batch_size: int, tasks_per_step: int | None = None)
     if tasks_per_step is not None:
         batch["drawn"] = np.tile(np.arange(tasks_per_step, dtype=np.int32), (batch_size, 1))
     return {**batch, "truth": {task.name: truth(task) for task in model.tasks}}
+
+
+def with_features(model: Sam, point: str, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch that has noise, bfloat16, as the encoder's features at `point` instead of images."""
+    rest = {key: value for key, value in batch.items() if key != "image"}
+
+    def encode(params: Any, image: Any, input_size: Any) -> Any:
+        return model.apply({"params": params}, image, input_size, point, method="encode_to")
+
+    images = batch["image"], batch["input_size"]
+    shape = jax.eval_shape(encode, model.init_params_shapes(), *images).shape
+    noise = np.random.default_rng(2).standard_normal(shape, np.float32)
+    return {**rest, "features": noise.astype(jnp.bfloat16)}
 
 
 def _images(config: SamConfig, batch_size: int) -> dict[str, np.ndarray]:

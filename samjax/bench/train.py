@@ -19,6 +19,8 @@ from samjax.bench.programs import Step, product_side
 from samjax.bench.rounds import check_rounds
 from samjax.bench.steps import open_step, training_config
 from samjax.config import Config, load_experiment
+from samjax.data.augment import NO_AUGMENTATION
+from samjax.data.dense_augment import NO_DENSE_AUGMENTATION
 from samjax.models import Sam
 from samjax.models.flash import check_attention
 
@@ -29,6 +31,7 @@ TITLES = {
     "dtype": "dtype",
     "remat": "remat",
     "attention": "attention",
+    "cache_features": "features",
 }
 
 
@@ -47,6 +50,9 @@ def measure(
     """
     config, sam_config = config_of(what), model_config(model_name, image_size)
     check_rounds(rounds)
+    if "on" in settings.get("cache_features", ()):  # which takes images that do not change
+        still = {"augment": NO_AUGMENTATION, "dense_augment": NO_DENSE_AUGMENTATION}
+        config = dataclasses.replace(config, **still)
     # All of them before anything is compiled.
     configs = [
         dataclasses.replace(config, **dict(zip(settings, values, strict=True)))

@@ -13,20 +13,28 @@ A JSON itself is split by seed, too. Its images lie in a folder named as the JSO
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool
 
 from samjax.data import segmentation
-from samjax.data.coco_json import Annotation, Coco, CocoImage, read_coco
+from samjax.data.coco_json import (
+    Annotation,
+    Coco,
+    CocoImage,
+    category_ids,
+    check_run_lengths,
+    read_coco,
+    union,
+)
 from samjax.data.folder import has_masks
 from samjax.data.images import image_size, read_image
+from samjax.data.objects import choose
 from samjax.data.sources import Objects, Sample
 from samjax.data.splits import (
     DEFAULT_FRACTIONS,
@@ -39,15 +47,6 @@ from samjax.data.splits import (
     split_of,
 )
 from samjax.data.walk import walk
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Item:
-    """What a sample is made of: an image, and the annotations whose union is the mask."""
-
-    name: str
-    image: CocoImage
-    annotations: tuple[Annotation, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,37 +67,11 @@ class CocoSplit:
 
     def check_size(self, image: CocoImage, size: tuple[int, ...]) -> None:
         """Raises ValueError where an image's (height, width) is not what the JSON says."""
-        if size != (image.height, image.width):
-            raise ValueError(
-                f"the image {self.path(image)} is {size[1]}x{size[0]} pixels (width x height, "
-                f"upright), but {self.coco.path} annotates it at {image.width}x{image.height}: "
-                "take the images that were annotated"
-            )
+        check_annotated_size(image, size, self.path(image), self.coco.path)
 
-    def mask(self, item: Item) -> Bool[np.ndarray, "h w"]:
-        """The union of an item's annotations. Raises ValueError where one cannot be decoded."""
-        mask = np.zeros((item.image.height, item.image.width), bool)
-        for annotation in item.annotations:
-            with self._naming(item, annotation):
-                mask |= segmentation.decode(annotation.segmentation, *mask.shape)
-        return mask
-
-    def check_run_lengths(self, item: Item) -> None:
-        """Raises ValueError where compressed run lengths have not the image's size."""
-        for annotation in item.annotations:
-            if not segmentation.is_polygons(annotation.segmentation):
-                with self._naming(item, annotation):
-                    counts = annotation.segmentation["counts"]
-                    segmentation.run_lengths(counts, item.image.height, item.image.width)
-
-    @contextlib.contextmanager
-    def _naming(self, item: Item, annotation: Annotation) -> Iterator[None]:
-        try:
-            yield
-        except ValueError as error:
-            raise ValueError(
-                f"in {self.coco.path} annotation {annotation.id} of {item.image.file!r} {error}"
-            ) from None
+    def mask(self, image: CocoImage, annotations: Sequence[Annotation]) -> Bool[np.ndarray, "h w"]:
+        """The union of annotations of an image. Raises ValueError where one cannot be decoded."""
+        return union(annotations, (image.height, image.width), self.coco.path, image.file)
 
 
 class CocoSource:
@@ -128,59 +101,69 @@ class CocoSource:
         file, is_flat = find_json(Path(root).expanduser(), split)
         coco = read_coco(file)
         coco.check()
-        kept = coco.category_ids(classes)
+        kept = category_ids(classes, coco.categories, file)
         self._split = take_split(coco, split, is_flat, seed, fractions)
         if missing := self._split.missing():
             raise ValueError(
                 f"{len(missing)} of the images that {file} lists are not in {self._split.folder}: "
                 f"{quote(missing)}; put them there, or remove them from the JSON"
             )
-        self._items: list[Item] = []
-        for image in self._split.images:
-            chosen = tuple(a for a in image.annotations if not classes or a.category in kept)
-            if objects == "together":
-                self._items.append(Item(image.name, image, chosen))
-            else:
-                self._items += [
-                    Item(f"{image.name}#{a.id}", image, (a,)) for a in chosen if not a.is_crowd
-                ]
-        has_objects = any(item.annotations for item in self._items)
-        if not self._items or (classes and not has_objects):
+        images = ((image.name, image.annotations) for image in self._split.images)
+        self._choices = choose(images, objects, kept if classes else None)
+        has_objects = any(choice.objects for choice in self._choices)
+        if not self._choices or (classes and not has_objects):
             what = f"of the classes {quote(classes)} " if classes else ""
             raise ValueError(f"{file} annotates no objects {what}in the split {split!r}")
         # The images' names, or name#id with the annotation's id where each is a sample.
-        self.names: tuple[str, ...] = tuple(item.name for item in self._items)
-        shapes = (a.segmentation for item in self._items for a in item.annotations)
+        self.names: tuple[str, ...] = tuple(choice.name for choice in self._choices)
+        shapes = (a.segmentation for choice in self._choices for a in choice.objects)
         if any(map(segmentation.is_polygons, shapes)):
             segmentation.pycocotools_mask()  # better now than in the first batch
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._choices)
 
     def __getitem__(self, index: int) -> Sample:
-        item = self._items[index]
-        pixels = read_image(self._split.path(item.image))
-        self._split.check_size(item.image, pixels.shape[:2])
-        return Sample(item.name, pixels, self._split.mask(item))
+        choice, image = self._choices[index], self._image(index)
+        pixels = read_image(self._split.path(image))
+        self._split.check_size(image, pixels.shape[:2])
+        return Sample(choice.name, pixels, self._split.mask(image, choice.objects))
 
     def check_sizes(self) -> None:
         """Raises ValueError for images and masks whose sizes are not the JSON's.
 
         Of images only headers are read.
         """
-        for item in self._items:
-            self._split.check_run_lengths(item)
-        images = list({item.image.file: item.image for item in self._items}.values())
+        for index, choice in enumerate(self._choices):
+            image = self._image(index)
+            shape = (image.height, image.width)
+            check_run_lengths(choice.objects, shape, self._split.coco.path, image.file)
+        chosen = [self._split.images[i] for i in sorted({c.image for c in self._choices})]
 
         def check(image: CocoImage) -> None:
             self._split.check_size(image, image_size(self._split.path(image)))
 
-        for _ in walk(check, images, "checking sizes"):
+        for _ in walk(check, chosen, "checking sizes"):
             pass
 
     def image_file(self, index: int) -> Path:
         """The file of a sample's image, which all its objects share."""
-        return self._split.path(self._items[index].image)
+        return self._split.path(self._image(index))
+
+    def _image(self, index: int) -> CocoImage:
+        return self._split.images[self._choices[index].image]
+
+
+def check_annotated_size(
+    image: CocoImage, size: tuple[int, ...], where: Path, json_file: Path
+) -> None:
+    """Raises ValueError where the image `where` has another (height, width) than its entry says."""
+    if size != (image.height, image.width):
+        raise ValueError(
+            f"the image {where} is {size[1]}x{size[0]} pixels (width x height, upright), but "
+            f"{json_file} annotates it at {image.width}x{image.height}: take the images that were "
+            "annotated"
+        )
 
 
 def take_split(coco: Coco, split: str, is_flat: bool, seed: int, fractions: Fractions) -> CocoSplit:

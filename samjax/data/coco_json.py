@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
 
 from samjax.data import segmentation
 
@@ -51,25 +56,69 @@ class Coco:
             more = f" ({len(self.faults) - 1} more: `samjax check-data`)" if self.faults[1:] else ""
             raise ValueError(f"in {self.path} {self.faults[0]}{more}")
 
-    def category_ids(self, names: tuple[str, ...]) -> frozenset[int | str]:
-        """The ids of the categories that go by `names`. Raises ValueError for an unknown name."""
-        known = dict.fromkeys(name for name, _ in self.categories)
-        for name in names:
-            if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-                hint = f"the nearest is {nearest[0]!r}" if nearest else "it names no categories"
-                raise ValueError(f"{self.path} has no category {name!r}; {hint}")
-        return frozenset(id for name, id in self.categories if name in names)
+
+def category_ids(
+    names: Sequence[str], categories: Sequence[tuple[str, int | str]], where: str | Path
+) -> frozenset[int | str]:
+    """The ids of the categories that go by `names`, of those that there are: names and ids.
+
+    Raises ValueError, which calls the data `where`, for an unknown name.
+    """
+    known = dict.fromkeys(name for name, _ in categories)
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            hint = f"the nearest is {nearest[0]!r}" if nearest else "it names no categories"
+            raise ValueError(f"{where} has no category {name!r}; {hint}")
+    return frozenset(id for name, id in categories if name in names)
+
+
+def union(
+    annotations: Sequence[Annotation], shape: tuple[int, int], path: Path, file: str
+) -> Bool[np.ndarray, "h w"]:
+    """The union of annotations of an image of (height, width) `shape`.
+
+    Raises ValueError, which calls the JSON `path` and the image `file`, where one cannot be
+    decoded.
+    """
+    mask = np.zeros(shape, bool)
+    for annotation in annotations:
+        with _naming(annotation, path, file):
+            mask |= segmentation.decode(annotation.segmentation, *shape)
+    return mask
+
+
+def check_run_lengths(
+    annotations: Sequence[Annotation], shape: tuple[int, int], path: Path, file: str
+) -> None:
+    """Raises ValueError as `union` where compressed run lengths have not the image's size."""
+    for annotation in annotations:
+        if not segmentation.is_polygons(annotation.segmentation):
+            with _naming(annotation, path, file):
+                segmentation.run_lengths(annotation.segmentation["counts"], *shape)
+
+
+@contextlib.contextmanager
+def _naming(annotation: Annotation, path: Path, file: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"in {path} annotation {annotation.id} of {file!r} {error}") from None
 
 
 def read_coco(path: Path) -> Coco:
-    """Reads a COCO JSON without looking at images.
+    """Reads a COCO JSON without looking at images; raises ValueError as `parse_coco`."""
+    return parse_coco(path.read_bytes(), path)
 
-    Raises ValueError for a file that is no JSON, or no COCO JSON, or lists no images; what is wrong
+
+def parse_coco(content: bytes, path: Path) -> Coco:
+    """What a COCO JSON says, which messages call `path`.
+
+    Raises ValueError for what is no JSON, or no COCO JSON, or lists no images; what is wrong
     with single images and annotations is collected in the result.
     """
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not isinstance(data, dict) or not all(

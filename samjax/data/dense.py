@@ -1,8 +1,9 @@
 """Images with a truth for each pixel and task: what a sample is, and how data is opened.
 
 Data is a folder in MTAN's layout (`samjax.data.dense_folder`), PASCAL-Context in that of ASTMT
-(`samjax.data.pascal_context`), or tfds:NAME, a dataset that `samjax data prepare` built
-(`samjax.data.dense_tfds`). Each is imported where it is asked for.
+(`samjax.data.pascal_context`), a folder of images and label images (`samjax.data.dense_labels`), or
+tfds:NAME, a dataset that `samjax data prepare` built (`samjax.data.dense_tfds`). Each is imported
+where it is asked for.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
-from samjax.data.images import ImageFile
+from samjax.data.images import EncodedImage, ImageFile
 from samjax.data.sources import TFDS, is_tfds
-from samjax.data.splits import check_split
+from samjax.data.splits import DEFAULT_FRACTIONS, Fractions, check_split
 from samjax.tasks import CLASSES, IGNORE, Task
 
 # How far from 1 the length of a direction may lie, as resizing leaves it.
@@ -62,37 +63,52 @@ class DenseDataset(DenseSource, Protocol):
         """The file of a sample's image."""
 
 
-def open_dense(data: str, split: str, tasks: Sequence[Task]) -> DenseDataset:
-    """One split of the data: train or test.
+def open_dense(
+    data: str,
+    split: str,
+    tasks: Sequence[Task],
+    *,
+    seed: int = 0,
+    fractions: Fractions = DEFAULT_FRACTIONS,
+) -> DenseDataset:
+    """One split of the data: train, test, and, of label images and datasets of TFDS, validation.
 
-    Raises ValueError, naming the thing and the fix, for data that cannot be used;
-    FileNotFoundError for a dataset of TFDS that is not prepared.
+    `seed` and `fractions` draw the splits of data that has none. Raises ValueError, naming the
+    thing and the fix, for data that cannot be used; FileNotFoundError for a dataset of TFDS that is
+    not prepared.
     """
     split = check_split(split)
-    if split == "validation":
-        raise ValueError(
-            "data of dense tasks has the splits train and test, and no validation: the "
-            "literature's `val` is the test split"
-        )
     if not data:
         raise ValueError("no data: pass --data with a folder of images and their dense truths")
     if is_tfds(data):
         from samjax.data.dense_tfds import DenseTfds
 
-        return DenseTfds(data.removeprefix(TFDS), split, tasks)
+        return DenseTfds(data.removeprefix(TFDS), split, tasks, seed, fractions)
     root = Path(data).expanduser()
     if not root.is_dir():
         raise ValueError(f"there is no folder {root}: data of dense tasks is a folder")
 
-    from samjax.data import dense_folder, pascal_context
+    from samjax.data import dense_folder, dense_labels, pascal_context
 
+    if dense_labels.is_labelled(root):
+        return dense_labels.DenseLabels(root, split, tasks, seed, fractions)
+    if split == "validation":
+        raise no_validation()
     if pascal_context.is_pascal_context(root):
         return pascal_context.PascalContext(root, split, tasks)
     return dense_folder.DenseFolder(root, split, tasks)
 
 
+def no_validation() -> ValueError:
+    """The error of data that has none."""
+    return ValueError(
+        "this data of dense tasks has the splits train and test, and no validation: the "
+        "literature's `val` is the test split"
+    )
+
+
 def check_truth_shape(
-    shape: tuple[int, ...], task: Task, size: tuple[int, ...], where: str | Path
+    shape: tuple[int, ...], task: Task, size: tuple[int, ...], where: str | Path | EncodedImage
 ) -> None:
     """Raises ValueError, which calls the array `where`, for a shape that no truth of the task has.
 
@@ -108,23 +124,29 @@ def check_truth_shape(
 
 
 def checked_truth(
-    array: np.ndarray, task: Task, size: tuple[int, ...], where: str | Path
+    array: np.ndarray,
+    task: Task,
+    size: tuple[int, ...],
+    where: str | Path | EncodedImage,
+    void: int = IGNORE,
 ) -> np.ndarray:
     """A truth as `DenseSample` has it, of an image of (h, w) `size`.
 
-    `array` is (h, w) or (h, w, channels), of any type of numbers. Raises ValueError, which calls it
-    `where`, for what cannot be a truth of the task.
+    `array` is (h, w) or (h, w, channels), of any type of numbers; of classes, `void` is what a
+    pixel has that does not count. Raises ValueError, which calls it `where`, for what cannot be a
+    truth of the task.
     """
     check_truth_shape(array.shape, task, size, where)
     if task.loss in CLASSES:
         array = array.reshape(size)
-        wrong = ~((array >= IGNORE) & (array < task.classes) & (array == np.floor(array)))
+        counts = array != void
+        wrong = counts & ~((array >= 0) & (array < task.classes) & (array == np.floor(array)))
         if wrong.any():
             raise ValueError(
                 f"{where} has the value {array[wrong][0]}, and task {task.name} has the classes 0 "
-                f"to {task.classes - 1}, and {IGNORE} where a pixel does not count"
+                f"to {task.classes - 1}, and {void} where a pixel does not count"
             )
-        return array.astype(np.int32)
+        return np.where(counts, array.astype(np.int32), np.int32(IGNORE))
     array = array.reshape(*size, task.channels).astype(np.float32)
     if not np.isfinite(array).all():
         raise ValueError(f"{where} has values that are not finite; unknown pixels are 0")

@@ -35,6 +35,9 @@ class DenseAugmentConfig:
         return ("flip", *by_scale) if self.flip else by_scale
 
 
+NO_DENSE_AUGMENTATION = DenseAugmentConfig(flip=False, scales=(1.0,))
+
+
 def augment_dense(
     rng: np.random.Generator,
     sample: DenseSample,

@@ -10,7 +10,8 @@ names:
     ROOT/val/...              the test split
 
 A task reads the first of `folders_of` that there is: CityScapes has label_7 and label_19 for as
-many classes, and the inverse of a depth, or disparity, in `depth`.
+many classes, and the inverse of a depth, or disparity, in `depth`. Tasks segmentation_7 and
+segmentation_19 are both at once.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def folders_of(task: Task) -> tuple[str, ...]:
     """The folders that may hold a task's truth, in the order in which they are looked for."""
     usual = {
         "segmentation": (f"label_{task.channels}", "label"),
+        f"segmentation_{task.channels}": (f"label_{task.channels}",),
         "normals": ("normal",),
         "disparity": ("depth",),
     }

@@ -1,4 +1,9 @@
-"""Datasets of dense tasks that `samjax data prepare` built: `tfds:NAME` where data is asked for."""
+"""Datasets of dense tasks that `samjax data prepare` built: `tfds:NAME` where data is asked for.
+
+A record has an array for each task, by its name, or one encoded label image, `labels`, which is the
+truth of the task `segmentation`, whatever its loss of classes is. The names of its classes, in
+order, are then in the metadata, `classes`.
+"""
 
 from __future__ import annotations
 
@@ -7,43 +12,65 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tensorflow_datasets as tfds
+import numpy as np
 
-from samjax.data.dense import DenseSample, checked_truth
+from samjax.data.dense import DenseSample, checked_truth, no_validation
+from samjax.data.dense_labels import check_labels_task, read_classes
 from samjax.data.images import EncodedImage, read_image
-from samjax.data.tfds import open_prepared
+from samjax.data.splits import DEFAULT_FRACTIONS, Fractions
+from samjax.data.tfds import Records, open_prepared
 from samjax.tasks import Task
+
+_LABELS, _LABELLED = "labels", "segmentation"
+# What records have beside the truths of dense tasks.
+_OTHERS = {"name", "image", "mask", "annotations"}
 
 
 class DenseTfds:
     """One split of a prepared dataset; its samples are those of the folder it was built from.
 
-    Raises FileNotFoundError for a dataset that is not prepared, ValueError for an unknown name, and
-    for a split or a task that it does not have.
+    A dataset without official splits, which is all `train`, is split by seed as a flat folder is.
+
+    Raises FileNotFoundError for a dataset that is not prepared, ValueError for an unknown name, for
+    a split or a task that it does not have, and for a segmentation into other classes than its own.
     """
 
     def __init__(
-        self, name: str, split: str, tasks: Sequence[Task], data_dir: Path | None = None
+        self,
+        name: str,
+        split: str,
+        tasks: Sequence[Task],
+        seed: int = 0,
+        fractions: Fractions = DEFAULT_FRACTIONS,
+        data_dir: Path | None = None,
     ) -> None:
         builder = open_prepared(name, data_dir)
-        known = sorted(set(builder.info.features) - {"name", "image"})
-        if known == ["mask"]:
+        features = set(builder.info.features)
+        known = sorted(_LABELLED if key == _LABELS else key for key in features - _OTHERS)
+        if not known:
             raise ValueError(f"{name} has masks and no dense tasks: leave out tasks")
+        # Of a dataset with several numbers of classes, each has a truth of its own.
+        self._truths = {
+            task.name: name
+            for task in tasks
+            for name in (task.name, f"{task.name}_{task.channels}")
+            if name in known
+        }
         for task in tasks:
-            if task.name not in known:
+            if task.name not in self._truths:
                 nearest = difflib.get_close_matches(task.name, known, n=1, cutoff=0.0)[0]
                 raise ValueError(
                     f"{name} has no task {task.name!r}; the nearest is {nearest}, it has "
                     f"{', '.join(known)}"
                 )
-        stored: dict[str, list[str]] = builder.info.metadata["names"]
-        if split not in stored:
-            raise ValueError(f"{name} has no split {split!r}, only {', '.join(stored)}")
-        self.names: tuple[str, ...] = tuple(stored[split])
+            if task.name == _LABELLED and _LABELS in features:
+                _check_classes(task, name, builder.info.metadata["classes"])
+        stored = builder.info.metadata["names"].keys()
+        if split == "validation" and stored == {"train", "test"}:
+            raise no_validation()
+        self._records = Records(name, split, seed, fractions, data_dir)
+        self.names: tuple[str, ...] = self._records.names
         self._tasks = tuple(tasks)
-        decoders = {"image": tfds.decode.SkipDecoding()}
-        self._records = builder.as_data_source(split, decoders=decoders)
-        self._folder = Path(builder.data_dir)
 
     def check_sizes(self) -> None:
         """Reads the first sample. Raises as reading does."""
@@ -55,17 +82,31 @@ class DenseTfds:
 
     def __getitem__(self, index: int) -> DenseSample:
         """The sample at a position. Raises ValueError, naming it, where it cannot be used."""
-        name, record = self.names[index], self._records[index]
-        image = read_image(self._image_file(name, record))
-        truth = {}
-        for task in self._tasks:
-            where = self._folder / f"{name} ({task.name})"
-            truth[task.name] = checked_truth(record[task.name], task, image.shape[:2], where)
-        return DenseSample(name, image, truth)
+        record = self._records[index]
+        image = read_image(self._records.file(index, record, "image"))
+        truth = {
+            task.name: self._truth(index, record, task, image.shape[:2]) for task in self._tasks
+        }
+        return DenseSample(self.names[index], image, truth)
+
+    def _truth(
+        self, index: int, record: dict[str, Any], task: Task, size: tuple[int, ...]
+    ) -> np.ndarray:
+        if task.name == _LABELLED and _LABELS in self._records.features:
+            return read_classes(self._records.file(index, record, _LABELS), task, size)
+        where = self._records.folder / f"{self.names[index]} ({task.name})"
+        return checked_truth(record[self._truths[task.name]], task, size, where)
 
     def image_file(self, index: int) -> EncodedImage:
         """The file of a sample's image."""
-        return self._image_file(self.names[index], self._records[index])
+        return self._records.file(index, self._records[index], "image")
 
-    def _image_file(self, name: str, record: dict[str, Any]) -> EncodedImage:
-        return EncodedImage(record["image"], self._folder / f"{name} (image)")
+
+def _check_classes(task: Task, name: str, classes: Sequence[str]) -> None:
+    """Raises ValueError for a task of another number of classes than the dataset has."""
+    check_labels_task(task, name)
+    if task.classes != len(classes):
+        raise ValueError(
+            f"task {task.name} has {task.classes} classes, and {name} has {len(classes)}, "
+            f"{', '.join(classes)}: name the task {task.name}:{len(classes)}:{task.loss}"
+        )

@@ -18,6 +18,7 @@ import numpy as np
 from samjax.data import coco, folder
 from samjax.data.coco_json import Coco, CocoImage, read_coco
 from samjax.data.images import read_image, read_labels, read_mask
+from samjax.data.labels import VOID
 from samjax.data.sources import Dataset, open_source
 from samjax.data.splits import Fractions, draw_split
 
@@ -33,9 +34,6 @@ VALUES = "masks with more than two values"
 # Most models' input; see `samjax.preprocess.prepare_mask` for what becomes of tiny objects.
 LONGEST_SIDE = 1024
 TINY = f"objects smaller than a pixel of an input of {LONGEST_SIDE} pixels"
-
-# Label images often mark pixels that do not count with this value.
-VOID = 255
 
 T = TypeVar("T")
 
@@ -185,8 +183,8 @@ def _examine_coco(part: coco.CocoSplit, image: CocoImage) -> Examined:
     _attempt(lambda: part.check_size(image, pixels.shape[:2]), SIZES, problems)
     if not problems:
         for annotation in image.annotations:
-            item = coco.Item(image.name, image, (annotation,))
-            mask = _attempt(functools.partial(part.mask, item), UNREADABLE, problems)
+            read = functools.partial(part.mask, image, (annotation,))
+            mask = _attempt(read, UNREADABLE, problems)
             if mask is not None:
                 problems += _check_extent(mask, f"annotation {annotation.id} of {image.file}")
         if not image.annotations:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from samjax.data.images import IMAGE_EXTENSIONS, Notices, image_size, read_image, read_mask
@@ -124,7 +124,7 @@ def check_pairs(pairs: Sequence[Pair]) -> None:
 
 
 def open_pairs(
-    root: Path, split: str, seed: int, fractions: Fractions, kinds: Iterable[str]
+    root: Path, split: str, seed: int, fractions: Fractions, kinds: Sequence[str]
 ) -> tuple[Pair, ...]:
     """The pairs of one split, sorted by name. `kinds` are the folders that the truth may lie in.
 
@@ -177,10 +177,16 @@ def _has(root: Path, name: str) -> bool:
     return any((folder / name).is_dir() for folder in folders)
 
 
-def list_folder(folder: Path, kinds: Iterable[str] = (MASKS, LABELS)) -> Listing:
+def list_folder(folder: Path, kinds: Sequence[str] = (MASKS, LABELS)) -> Listing:
     """Pairs files by stem. Raises ValueError for a folder that is missing or without images."""
-    images = _list_images(folder / "images")
-    truths = _list_images(_truth_folder(folder, kinds))
+    images = list_images(folder / "images")
+    return Listing(folder, *match(images, list_images(_truth_folder(folder, kinds))))
+
+
+def match(
+    images: Mapping[str, list[Path]], truths: Mapping[str, list[Path]]
+) -> tuple[tuple[Pair, ...], dict[str, tuple[Path, ...]]]:
+    """The pairs among files by name, sorted, and the files that have not one partner, by fault."""
     faults = {
         "images without a mask": [f for name in images.keys() - truths for f in images[name]],
         "masks without an image": [f for name in truths.keys() - images for f in truths[name]],
@@ -191,31 +197,34 @@ def list_folder(folder: Path, kinds: Iterable[str] = (MASKS, LABELS)) -> Listing
             for file in files
         ],
     }
-    return Listing(
-        folder,
-        tuple(
-            Pair(name, images[name][0], truths[name][0])
-            for name in sorted(images.keys() & truths.keys())
-            if len(images[name]) == len(truths[name]) == 1
-        ),
-        {kind: tuple(sorted(files)) for kind, files in faults.items() if files},
+    pairs = tuple(
+        Pair(name, images[name][0], truths[name][0])
+        for name in sorted(images.keys() & truths.keys())
+        if len(images[name]) == len(truths[name]) == 1
     )
+    return pairs, {kind: tuple(sorted(files)) for kind, files in faults.items() if files}
 
 
-def _truth_folder(folder: Path, kinds: Iterable[str]) -> Path:
+def _truth_folder(folder: Path, kinds: Sequence[str]) -> Path:
     if all((folder / kind).is_dir() for kind in (MASKS, LABELS)):
         raise ValueError(f"{folder} holds both {MASKS}/ and {LABELS}/: keep one of them")
-    return next((folder / kind for kind in kinds if (folder / kind).is_dir()), folder / MASKS)
+    usual = MASKS if MASKS in kinds else LABELS
+    return next((folder / kind for kind in kinds if (folder / kind).is_dir()), folder / usual)
 
 
-def _list_images(folder: Path) -> dict[str, list[Path]]:
-    """Image files by stem; hidden files (such as the ._ files of macOS) do not count."""
+def list_images(folder: Path, skip: str | None = None, suffix: str = "") -> dict[str, list[Path]]:
+    """Image files by stem; hidden files (such as the ._ files of macOS) do not count.
+
+    Neither do stems that end in `skip`. Where stems end in `suffix`, it is no part of the name.
+    Raises ValueError for a folder that is missing or without images.
+    """
     if not folder.is_dir():
         raise ValueError(f"the folder {folder} is missing: put the {folder.name} there")
     files: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
-        if not file.name.startswith(".") and file.suffix.lower() in IMAGE_EXTENSIONS:
-            files.setdefault(file.stem, []).append(file)
+        is_image = not file.name.startswith(".") and file.suffix.lower() in IMAGE_EXTENSIONS
+        if is_image and not (skip and file.stem.endswith(skip)):
+            files.setdefault(file.stem.removesuffix(suffix), []).append(file)
     if not files:
         raise ValueError(f"{folder} holds no image files ({', '.join(IMAGE_EXTENSIONS)})")
     return files

@@ -72,7 +72,9 @@ def read_image(file: ImageFile) -> UInt8[np.ndarray, "h w 3"]:
     return np.array(image.convert("RGB"))
 
 
-def read_mask(file: ImageFile) -> tuple[Bool[np.ndarray, "h w"], str | None]:
+def read_mask(
+    file: ImageFile, threshold: int | None = None
+) -> tuple[Bool[np.ndarray, "h w"], str | None]:
     """Decodes a mask file to one boolean channel, and says what a user should know about it.
 
     - Palette colours other than black, and whatever is not transparent, are the object.
@@ -80,9 +82,15 @@ def read_mask(file: ImageFile) -> tuple[Bool[np.ndarray, "h w"], str | None]:
     - More values in a JPEG, or a grey image that is black and white but for one pixel in ten:
       lossy or blurred, the object is where the value exceeds 127, and the notice is `SOFT`.
     - Otherwise a label image: the object is where the label exceeds 0, the notice `LABELLED`.
+
+    Grey of 16 bits that exceeds 255 counts as value / 257. With a `threshold`, which a dataset may
+    tell, nothing is guessed: the object is where grey exceeds it, or where coloured palettes are
+    not black.
     """
     image = _decode(file)
     values, is_label_image = _mask_values(image)
+    if threshold is not None:
+        return values > (0 if image.mode == "P" and is_label_image else threshold), None
     present = np.unique(values)
     is_binary = len(present) == 1 or (len(present) == 2 and present[0] == 0)
     if is_binary:
@@ -101,7 +109,7 @@ def read_mask(file: ImageFile) -> tuple[Bool[np.ndarray, "h w"], str | None]:
     return values > 127, SOFT
 
 
-def read_labels(file: Path) -> Int[np.ndarray, "h w"]:
+def read_labels(file: ImageFile) -> Int[np.ndarray, "h w"]:
     """Decodes a label image: grey values or palette indices as they are, none below 0.
 
     Raises ValueError for what cannot hold labels: JPEG, colours, floating point, negative values.
@@ -124,7 +132,7 @@ def read_labels(file: Path) -> Int[np.ndarray, "h w"]:
     )
 
 
-def image_size(file: Path) -> tuple[int, int]:
+def image_size(file: ImageFile) -> tuple[int, int]:
     """(height, width) after the EXIF orientation, from the header; ValueError as `read_image`."""
     with _decoding(file), Image.open(file) as opened:
         turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
@@ -184,8 +192,12 @@ def _notice_dark(folder: Path) -> None:
 
 def _mask_values(image: Image.Image) -> tuple[Shaped[np.ndarray, "h w"], bool]:
     """One value a pixel, and whether the file's mode says that the values are labels."""
-    if image.mode.startswith("I") or image.mode == "F":
+    if image.mode == "F":
         return np.asarray(image), True
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        # What does not exceed 8 bits is labels, of which a file of 16 bits may have few.
+        return (values / 257, False) if values.max() > 255 else (values, True)
     if image.mode in ("1", "L") and "transparency" not in image.info:
         return np.asarray(image.convert("L")), False
     colours = np.asarray(image.convert("RGBA"))

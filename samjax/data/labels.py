@@ -16,9 +16,13 @@ from jaxtyping import Bool, Int
 
 from samjax.data.folder import LABELS, MASKS, Pair, check_pair, check_pairs, list_folder, open_pairs
 from samjax.data.images import SOFT, Notices, read_image, read_labels, read_mask
+from samjax.data.objects import Object, choose
 from samjax.data.sources import Objects, Sample
 from samjax.data.splits import DEFAULT_FRACTIONS, Fractions, quote, split_folders
 from samjax.data.walk import Track, untracked, walk
+
+# Label images often mark pixels that do not count with this value.
+VOID = 255
 
 
 class LabelSource:
@@ -45,55 +49,61 @@ class LabelSource:
     ) -> None:
         root = Path(root).expanduser()
         pairs = open_pairs(root, split, seed, fractions, (LABELS, MASKS))
-        self._kept = _parse(classes)
-        # Each sample: its files, and its one label, or None for all that are kept.
-        self._samples: list[tuple[Pair, int | None]] = [(pair, None) for pair in pairs]
+        kept = _parse(classes)
+        # Each sample: its name, its files, and the labels that count, or None for all.
+        self._samples: list[tuple[str, Pair, tuple[int, ...] | None]] = [
+            (pair.name, pair, None) for pair in pairs
+        ]
         if objects == "each" or classes:
             present = list(walk(_labels_in, pairs, "reading labels", track))
-            _check_kept(self._kept, set().union(*present), root, track)
-        if objects == "each":
-            notices = Notices(root)
-            for pair, labels in zip(pairs, present, strict=True):
-                notices.say(_check_objects(pair, labels), pair.truth)
-            self._samples = [
-                (pair, label)
+            _check_kept(kept, set().union(*present), root, track)
+            if objects == "each":
+                notices = Notices(root)
+                for pair, labels in zip(pairs, present, strict=True):
+                    notices.say(_check_objects(pair, labels), pair.truth)
+            marked = (
+                (pair.name, [Object(label, label) for label in labels])
                 for pair, labels in zip(pairs, present, strict=True)
-                for label in labels
-                if not self._kept or label in self._kept
+            )
+            self._samples = [
+                (choice.name, pairs[choice.image], tuple(int(one.id) for one in choice.objects))
+                for choice in choose(marked, objects, kept if classes else None)
             ]
             if not self._samples:
                 what = f"none of the classes {quote(classes)}" if classes else "no objects"
                 raise ValueError(f"the label images of the split {split!r} of {root} hold {what}")
-        self.names: tuple[str, ...] = tuple(
-            pair.name if label is None else f"{pair.name}#{label}" for pair, label in self._samples
-        )
+        self.names: tuple[str, ...] = tuple(name for name, _, _ in self._samples)
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> Sample:
-        pair, label = self._samples[index]
+        name, pair, chosen = self._samples[index]
         image, labels = read_image(pair.image), read_labels(pair.truth)
         check_pair(pair, image.shape[:2], labels.shape)
-        return Sample(self.names[index], image, self._mask(labels, label))
+        return Sample(name, image, labels > 0 if chosen is None else select(labels, chosen))
 
     def check_sizes(self) -> None:
         """Raises ValueError for a label image that has not its image's size; reads headers only."""
-        check_pairs(list(dict.fromkeys(pair for pair, _ in self._samples)))
+        check_pairs(list(dict.fromkeys(pair for _, pair, _ in self._samples)))
 
     def image_file(self, index: int) -> Path:
         """The file of a sample's image, which all its objects share."""
-        return self._samples[index][0].image
+        return self._samples[index][1].image
 
-    def _mask(self, labels: Int[np.ndarray, "h w"], label: int | None) -> Bool[np.ndarray, "h w"]:
-        if label is not None:
-            return labels == label
-        return np.isin(labels, self._kept) if self._kept else labels > 0
+
+def select(labels: Int[np.ndarray, "h w"], chosen: Sequence[int]) -> Bool[np.ndarray, "h w"]:
+    """Where the label is one of the chosen."""
+    return labels == chosen[0] if len(chosen) == 1 else np.isin(labels, chosen)
 
 
 def _labels_in(pair: Pair) -> tuple[int, ...]:
     """The labels of one file, sorted, without the background."""
-    values = read_labels(pair.truth)
+    return present_labels(read_labels(pair.truth))
+
+
+def present_labels(values: Int[np.ndarray, "h w"]) -> tuple[int, ...]:
+    """The labels of an image, sorted, without the background."""
     # Counting is ten times as fast as sorting, but takes memory for every value up to the largest.
     present = (
         np.flatnonzero(np.bincount(values.ravel())) if values.max() < 2**16 else np.unique(values)

@@ -106,6 +106,15 @@ def decode(segmentation: Any, height: int, width: int) -> Bool[np.ndarray, "h w"
     return np.ascontiguousarray(np.repeat(inside, lengths).reshape(width, height).T)
 
 
+def encode(mask: Bool[np.ndarray, "h w"]) -> dict[str, list[int]]:
+    """The run lengths of a mask, {size, counts}, which `decode` turns into it again."""
+    columns = mask.T.ravel()
+    borders = np.flatnonzero(columns[1:] != columns[:-1]) + 1
+    counts = np.diff([0, *borders, columns.size]).tolist()
+    # The first run is outside.
+    return {"size": list(mask.shape), "counts": [0, *counts] if columns[0] else counts}
+
+
 def _polygon_fault(polygon: Any, height: int, width: int) -> str | None:
     if not isinstance(polygon, list) or not {*map(type, polygon)} <= {int, float}:
         return "has a polygon that is no list of numbers"

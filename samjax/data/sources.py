@@ -92,8 +92,9 @@ def open_source(
       seed, fractions: draw the splits of data that has none.
       objects: together: all that is marked in an image is one mask. each: every object (COCO's
         annotations, the values of label images) is a sample of its own, named `image#id`.
-      classes: what counts as an object: names of categories in COCO, values in label images; all
-        where it is empty. Images without one have an empty mask, or, with `each`, no sample.
+      classes: what counts as an object: names of categories in COCO and in datasets of TFDS, values
+        in label images; all where it is empty. Images without one have an empty mask, or, with
+        `each`, no sample.
       track: shows the progress of reading label images, the one thing here that takes long.
 
     Raises ValueError, naming the thing and the fix, for data that cannot be used; RuntimeError
@@ -105,11 +106,9 @@ def open_source(
             "no data: pass --data with a folder of images and masks, or a COCO dataset"
         )
     if is_tfds(data):
-        from samjax.data.tfds import TfdsSource
+        from samjax.data.tfds import open_tfds
 
-        if objects == "each" or classes:
-            raise ValueError(f"{data} has masks without objects: leave out objects and classes")
-        return TfdsSource(data.removeprefix(TFDS), split, seed, fractions)
+        return open_tfds(data.removeprefix(TFDS), split, seed, fractions, objects, classes)
     root = Path(data).expanduser()
     if not root.exists():
         raise ValueError(f"the data {root} does not exist")

@@ -16,6 +16,7 @@ from samjax.evaluation.evaluate import Evaluation, of_all, on_one_device, resizi
 from samjax.evaluation.task_metrics import add, measure, summarize
 from samjax.hosts import gather
 from samjax.models import MSam
+from samjax.models.msam import maps_of
 from samjax.tasks import Task
 from samjax.training.sharding import BatchLayout, place, rows
 
@@ -50,7 +51,8 @@ def predict_tasks(model: MSam, mesh: Mesh, variables: Any, batch: dict[str, Any]
 
     `batch`: image and input_size of `samjax.data.dense_pipeline.dense_eval_batches`.
     """
-    maps = model.apply(variables, batch["image"], batch["input_size"])
+    decoded = model.apply(variables, batch["image"], batch["input_size"])
+    maps = {name: maps_of(of_task) for name, of_task in decoded.items()}
     return jax.lax.with_sharding_constraint(maps, rows(mesh))
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from samjax.tasks import Task
+from samjax.tasks import MULTI_CLASS, Task
 from samjax.training.task_losses import known_pixels, unit
 
 # Bins of angles from 0 to 180 degrees; a median is interpolated within one of them.
@@ -29,14 +29,15 @@ Counts = dict[str, Any]
 def measure(task: Task, maps: Any, truth: Any) -> dict[str, Any]:
     """Counts of each image; arguments as those of `samjax.training.task_losses.task_loss`.
 
-    Arrays have a leading batch axis. cross_entropy: `confusion` (b, classes, classes), truth by
-    prediction. balanced_bce: `hits` and `alarms`, pixels above each threshold that are positive
-    and negative, and `positives`. masked_l1: sums `absolute` and `relative`. cosine: `angles`, a
-    histogram, their `sum`, and `within`, pixels within each limit. And `pixels`, the known ones.
+    Arrays have a leading batch axis. Losses of `MULTI_CLASS`: `confusion` (b, classes, classes),
+    truth by prediction. balanced_bce: `hits` and `alarms`, pixels above each threshold that are
+    positive and negative, and `positives`. masked_l1: sums `absolute` and `relative`. cosine:
+    `angles`, a histogram, their `sum`, and `within`, pixels within each limit. And `pixels`, the
+    known ones.
     """
     known = known_pixels(task, truth)
     pixels = jnp.sum(known, axis=(1, 2))
-    if task.loss == "cross_entropy":
+    if task.loss in MULTI_CLASS:
         classes = maps.shape[1]
         pair = jnp.where(known, truth * classes + jnp.argmax(maps, axis=1), classes**2)
         counts = _histogram(pair, classes**2)
@@ -89,7 +90,7 @@ def summarize(task: Task, counts: Counts) -> dict[str, float]:
     degrees, shares in [0, 1].
     """
     with np.errstate(invalid="ignore", divide="ignore"):
-        if task.loss == "cross_entropy":
+        if task.loss in MULTI_CLASS:
             confusion = counts["confusion"]
             hits = np.diag(confusion)
             either = confusion.sum(0) + confusion.sum(1) - hits

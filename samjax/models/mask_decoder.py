@@ -152,34 +152,33 @@ class Mlp(nn.Module):
         return Dense(self.features, dtype=self.dtype, name="layers_2")(x, ctx)
 
 
-class MaskDecoder(nn.Module):
-    """Predicts `num_multimask_outputs` + 1 masks and their IoUs for each prompt."""
+class TokenDecoder(nn.Module):
+    """What decoders with SAM's tokens share: the transformer and the upscaling of its map."""
 
     dim: int
     depth: int
     num_heads: int
     mlp_dim: int
-    num_multimask_outputs: int = 3
-    iou_head_hidden_dim: int = 256
     dtype: Any = jnp.float32
 
-    @nn.compact
-    def __call__(
+    @nn.nowrap
+    def decode_tokens(
         self,
+        num_masks: int,
         image_embeddings: Float[Array, "e h w c"],
         image_pe: Float[Array, "h w c"],
         sparse: Float[Array, "b n c"],
         dense: Float[Array, "b h w c"],
         present: Bool[Array, "b n"],
         ctx: Context,
-    ) -> tuple[Float[Array, "b m h4 w4"], Float[Array, "b m"]]:
-        """Logits (b, 4, 4 h, 4 w) and IoU predictions (b, 4) in float32; e is 1 or b.
+    ) -> tuple[Float[Array, "b k c"], Float[Array, "b h w 2 2 2 2 d"]]:
+        """The tokens after the transformer, and the map that their masks are read from.
 
-        Mask 0 is the single-mask output; 1 to 3 are the multi-mask outputs. Tokens that are not
-        `present` are masked out of every attention.
+        Tokens: of the IoU, of `num_masks` masks, then the prompt's. Of each pixel of the map, its
+        place within the block that it is enlarged to follows its own: twice as many pixels a side,
+        and again. To be called from a subclass's compact method, whose parameters these are.
         """
         batch, height, width, _ = dense.shape
-        num_masks = self.num_multimask_outputs + 1
         output_tokens = jnp.concatenate(
             [
                 Embedding(1, self.dim, name="iou_token")(),
@@ -198,7 +197,6 @@ class MaskDecoder(nn.Module):
         )
         tokens, source = transformer(tokens, source, image_pe, token_bias, ctx)
 
-        # Twice as many pixels a side, and again: (b, h, w, 2, 2, 2, 2, c).
         upscaled = source.reshape(batch, height, width, self.dim)
         for i, features in ((0, self.dim // 4), (3, self.dim // 8)):
             name = f"output_upscaling_{i}"
@@ -207,16 +205,51 @@ class MaskDecoder(nn.Module):
                 norm = LayerNorm(dtype=self.dtype, name="output_upscaling_1")
                 upscaled = norm(upscaled, ctx)
             upscaled = gelu(upscaled)
+        return tokens, upscaled
 
+
+def masks_of(
+    hyper: Float[Array, "b m d"], upscaled: Float[Array, "b h w 2 2 2 2 d"]
+) -> Float[Array, "b m h4 w4"]:
+    """Masks (b, m, 4 h, 4 w) float32 as products of their tokens' vectors with the upscaled map."""
+    batch, height, width = upscaled.shape[:3]
+    # Only now, with one number a pixel, do the blocks go to their places.
+    logits = jnp.einsum("bmc,bhwijklc->bmhikwjl", hyper, upscaled)
+    return logits.reshape(batch, hyper.shape[1], 4 * height, 4 * width).astype(jnp.float32)
+
+
+class MaskDecoder(TokenDecoder):
+    """Predicts `num_multimask_outputs` + 1 masks and their IoUs for each prompt."""
+
+    num_multimask_outputs: int = 3
+    iou_head_hidden_dim: int = 256
+
+    @nn.compact
+    def __call__(
+        self,
+        image_embeddings: Float[Array, "e h w c"],
+        image_pe: Float[Array, "h w c"],
+        sparse: Float[Array, "b n c"],
+        dense: Float[Array, "b h w c"],
+        present: Bool[Array, "b n"],
+        ctx: Context,
+    ) -> tuple[Float[Array, "b m h4 w4"], Float[Array, "b m"]]:
+        """Logits (b, 4, 4 h, 4 w) and IoU predictions (b, 4) in float32; e is 1 or b.
+
+        Mask 0 is the single-mask output; 1 to 3 are the multi-mask outputs. Tokens that are not
+        `present` are masked out of every attention.
+        """
+        num_masks = self.num_multimask_outputs + 1
+        tokens, upscaled = self.decode_tokens(
+            num_masks, image_embeddings, image_pe, sparse, dense, present, ctx
+        )
         hyper = [
             Mlp(self.dim, self.dim // 8, self.dtype, name=f"output_hypernetworks_mlps_{i}")(
                 tokens[:, 1 + i], ctx
             )
             for i in range(num_masks)
         ]
-        # Only now, with one number a pixel, do the blocks go to their places.
-        logits = jnp.einsum("bmc,bhwijklc->bmhikwjl", jnp.stack(hyper, axis=1), upscaled)
-        logits = logits.reshape(batch, num_masks, 4 * height, 4 * width)
+        logits = masks_of(jnp.stack(hyper, axis=1), upscaled)
         iou_head = Mlp(self.iou_head_hidden_dim, num_masks, self.dtype, name="iou_prediction_head")
         iou = iou_head(tokens[:, 0], ctx)
-        return logits.astype(jnp.float32), iou.astype(jnp.float32)
+        return logits, iou.astype(jnp.float32)

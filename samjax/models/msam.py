@@ -2,12 +2,13 @@
 
 The prompt encoder is gone but for its positional encoding. A task of C channels has C rows of "no
 mask" embedding, each of which SAM's mask decoder turns into one map: C decodings that share the
-task's decoder, on the batch axis of one call. Parameters are SAM's, under SAM's paths where they
-are SAM's own:
+task's decoder, on the batch axis of one call. A task of loss `mask_classification` has one row, and
+a decoder with a semantic head (`samjax.models.semantic_decoder`). Parameters are SAM's, under SAM's
+paths where they are SAM's own:
 
     image_encoder/...            the same
     prompt_encoder/pe_layer/...  the positional matrix
-    no_mask_embed_TASK/embedding (channels, dim): SAM's row in each, at first
+    no_mask_embed_TASK/embedding (C or 1, dim): SAM's row in each, at first
     log_variance/TASK            zero; its loss may learn it (uncertainty weighting)
     mask_decoder_TASK/...        SAM's mask decoder, at first
 """
@@ -23,8 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from samjax.models.mask_decoder import MaskDecoder
 from samjax.models.prompt_encoder import PositionEmbeddingRandom
 from samjax.models.sam import DETERMINISTIC, EncoderInput, Sam
+from samjax.models.semantic_decoder import ClassifiedMasks, SemanticDecoder, semantic_params
 from samjax.nn import Context, Embedding
 from samjax.tasks import Task, find
 
@@ -51,6 +54,19 @@ class _Numbers(nn.Module):
         return {name: self.param(name, nn.initializers.zeros, ()) for name in self.names}
 
 
+# What a task's decoder makes.
+Decoded = Float[Array, "b m h4 w4"] | ClassifiedMasks
+
+
+def maps_of(decoded: Decoded) -> Float[Array, "b m h4 w4"]:
+    """A task's maps (b, channels, 4 h, 4 w), of classified masks their classes' scores.
+
+    The scores are made at low resolution and are then resized as other maps are. (AutoGluon first
+    resizes the masks' logits: with N masks that takes N / channels as much memory.)
+    """
+    return decoded.scores() if isinstance(decoded, ClassifiedMasks) else decoded
+
+
 class MSam(Sam):
     """SAM for dense `tasks`, whose index in that order is `Context.task`."""
 
@@ -63,16 +79,35 @@ class MSam(Sam):
         self.prompt_encoder = _Positions(dim)
         names = [task.name for task in self.tasks]
         self.rows = {
-            task.name: Embedding(task.channels, dim, name=f"no_mask_embed_{task.name}")
+            task.name: Embedding(task.decodings, dim, name=f"no_mask_embed_{task.name}")
             for task in self.tasks
         }
-        self.decoders = {name: self.make_decoder(name=f"mask_decoder_{name}") for name in names}
+        self.decoders = {task.name: self._make_decoder_of(task) for task in self.tasks}
         self.log_variance = _Numbers(names)
+
+    def _make_decoder_of(self, task: Task) -> MaskDecoder | SemanticDecoder:
+        config, name = self.config, f"mask_decoder_{task.name}"
+        if task.loss != "mask_classification":
+            return self.make_decoder(name=name)
+        return SemanticDecoder(
+            config.prompt_embed_dim,
+            config.decoder_depth,
+            config.decoder_num_heads,
+            config.decoder_mlp_dim,
+            self.dtype,
+            num_tokens=task.masks,
+            num_classes=task.channels,
+            name=name,
+        )
 
     def decode_task(
         self, image_embeddings: Float[Array, "b h w c"], task: str, ctx: Context = DETERMINISTIC
-    ) -> Float[Array, "b m h4 w4"]:
-        """Low-resolution maps (b, channels, 4 h, 4 w) of one task, float32, without activation."""
+    ) -> Decoded:
+        """What a task's loss takes, at low resolution (4 h, 4 w), float32, without activation.
+
+        Its maps (b, channels, 4 h, 4 w), or of loss `mask_classification` classified masks, of
+        which `maps_of` makes such maps.
+        """
         batch, *grid, _ = image_embeddings.shape
         rows, ctx = self.rows[task](), self._with_shared(ctx)
         count = rows.shape[0]
@@ -82,7 +117,10 @@ class MSam(Sam):
         sparse = jnp.zeros((batch * count, 0, rows.shape[1]))
         present = jnp.zeros((batch * count, 0), bool)
         image_pe = self.prompt_encoder((grid[0], grid[1]))
-        logits, _ = self.decoders[task](embeddings, image_pe, sparse, dense, present, ctx)
+        decoder = self.decoders[task]
+        if isinstance(decoder, SemanticDecoder):
+            return decoder(embeddings, image_pe, dense, ctx)
+        logits, _ = decoder(embeddings, image_pe, sparse, dense, present, ctx)
         return logits[:, 0].reshape(batch, count, *logits.shape[2:])
 
     def __call__(
@@ -90,8 +128,8 @@ class MSam(Sam):
         image: EncoderInput,
         input_size: Int[Array, "b 2"],
         ctx: Context = DETERMINISTIC,
-    ) -> dict[str, Float[Array, "b m h4 w4"]]:
-        """The maps of all tasks, from an encoding each: the adapter may differ by task.
+    ) -> dict[str, Decoded]:
+        """What `decode_task` gives of all tasks, an encoding for each: adapters differ by task.
 
         `jax.vmap` runs over the tasks, so that what no adapter has touched is computed once.
         """
@@ -147,8 +185,11 @@ def msam_params(params: Any, model: MSam) -> dict[str, Any]:
         "log_variance": {task.name: np.zeros((), np.float32) for task in model.tasks},
     }
     for task in model.tasks:
-        built[f"no_mask_embed_{task.name}"] = {"embedding": np.tile(row, (task.channels, 1))}
-        built[f"mask_decoder_{task.name}"] = params["mask_decoder"]
+        built[f"no_mask_embed_{task.name}"] = {"embedding": np.tile(row, (task.decodings, 1))}
+        decoder = params["mask_decoder"]
+        if task.loss == "mask_classification":
+            decoder = semantic_params(decoder, task.masks, task.channels)
+        built[f"mask_decoder_{task.name}"] = decoder
     shapes = jax.tree.map(lambda leaf: leaf.shape, built)
     if shapes != jax.tree.map(lambda leaf: leaf.shape, model.init_params_shapes()):
         raise ValueError(f"these weights are not those of {model.config.name}")

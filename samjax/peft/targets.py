@@ -22,14 +22,17 @@ def decoder_rules(decoder: Decoder, *, dense: bool = False) -> tuple[Rule, ...]:
     """
     if decoder == "none":
         return ()
-    name = "mask_decoder_*" if dense else "mask_decoder"
+    train = Train(group="decoder")
+    if dense:
+        # By name: a decoder with a semantic head has not got what the others leave out.
+        parts = "iou_token,mask_tokens,transformer,output_upscaling_*,output_hypernetworks_mlps_0"
+        decoders = f"mask_decoder_*/{{{parts},output_classifier}}/**"
+        return Rule(decoders, train), Rule("no_mask_embed_*/*", train)
     unused = (
-        Rule(f"{name}/iou_prediction_head/**", Freeze()),
-        Rule(f"{name}/output_hypernetworks_mlps_{{1,2,3}}/**", Freeze()),
+        Rule("mask_decoder/iou_prediction_head/**", Freeze()),
+        Rule("mask_decoder/output_hypernetworks_mlps_{1,2,3}/**", Freeze()),
     )
-    rows = (Rule("no_mask_embed_*/*", Train(group="decoder")),) if dense else ()
-    all_of_it = Rule(f"{name}/**", Train(group="decoder"))
-    return (*(unused if dense or decoder == "mask" else ()), all_of_it, *rows)
+    return (*(unused if decoder == "mask" else ()), Rule("mask_decoder/**", train))
 
 
 def in_dense(rule: Rule) -> Rule:

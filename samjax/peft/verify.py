@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from samjax.models.msam import MSam
+from samjax.models.msam import MSam, maps_of
 from samjax.models.prompt_encoder import Prompts
 from samjax.models.sam import Sam
 from samjax.nn import Context
@@ -64,7 +64,8 @@ def verify_task_merge(
     def outputs(model: Sam, variables: Any, ctx: Context) -> dict[str, Any]:
         embedding = model.apply(variables, image, input_size, ctx, method="encode")
         if isinstance(model, MSam):
-            maps = model.apply(variables, embedding, task, ctx, method="decode_task")
+            decoded = model.apply(variables, embedding, task, ctx, method="decode_task")
+            maps = maps_of(decoded)
         else:
             maps = model.apply(variables, embedding, Prompts.none(1), method="decode")[0][:, :1]
         return {"embedding": embedding, "maps": maps}

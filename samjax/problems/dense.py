@@ -63,7 +63,10 @@ class DenseTasks:
 
     def open(self, split: str, track: Track = untracked) -> Dataset:
         """Images with a truth for each task."""
-        return open_dense(self.config.data, split, self.tasks)
+        config = self.config
+        return open_dense(
+            config.data, split, self.tasks, seed=config.split_seed, fractions=config.fractions
+        )
 
     def build(self, sam: Sam, params: Any) -> tuple[MSam, Any]:
         """mSAM, which starts with SAM's mask decoder for each task."""

@@ -230,9 +230,8 @@ _IOU = "iou_loss"
 # The pixels' losses and the regions' loss of each kind, under the names that they have in logs.
 # bce_dice_focal is SAM-PARSER's for scenes of many instances (Peng et al. 2024, equation 5), in
 # which its indicator leaves the focal loss in; where there is one instance, bce_dice is the whole
-# of it. Which of them a set needs is chosen for the set, as the paper tells them apart by kinds of
-# images (medical ones have one instance). Its focal loss has no weight and no gamma that could be
-# found: here, the weight of BCE, and Lin's.
+# of it. Which of the two is chosen for the data (docs/methods.md). No weight and no gamma of its
+# focal loss could be found: here, the weight of BCE, and Lin's gamma.
 _PIXELS: dict[str, dict[str, _ImageLoss]] = {
     "bce_dice": {"bce": bce},
     "focal_dice": {"focal_loss": focal},

@@ -3,6 +3,8 @@
 Cross-entropy, masked L1 and cosine as in MTAN (Liu et al. 2019) and MTSAM (Wang et al. 2025);
 balanced cross-entropy as in HED (Xie and Tu 2015): each class weighs as much as the other.
 
+That of `mask_classification` is `samjax.training.mask_classification`.
+
 A batch in which no pixel is known has the loss 0, and no gradient.
 """
 

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from samjax.models import MSam
+from samjax.models.semantic_decoder import ClassifiedMasks
 from samjax.nn import Context
 from samjax.peft.ta_lora import orthogonality
 from samjax.preprocess import upsample
 from samjax.tasks import Task
+from samjax.training.mask_classification import mask_classification_loss
 from samjax.training.objective import Loss, encoder_input, with_added
 from samjax.training.task_losses import known_pixels, task_loss
 
@@ -120,6 +122,9 @@ def _of_drawn(
     return losses, shares, (added, added_later)
 
 
-def _loss(model: MSam, task: Task, maps: Any, batch: dict[str, Any]) -> Any:
-    maps = upsample(maps, model.config.frame.shape)
-    return task_loss(task, maps, batch["truth"][task.name])
+def _loss(model: MSam, task: Task, decoded: Any, batch: dict[str, Any]) -> Any:
+    shape, truth = model.config.frame.shape, batch["truth"][task.name]
+    if isinstance(decoded, ClassifiedMasks):
+        masks = decoded.replace(masks=upsample(decoded.masks, shape))
+        return mask_classification_loss(task, masks, truth)
+    return task_loss(task, upsample(decoded, shape), truth)

@@ -143,10 +143,12 @@ class Train(_Bench):
     """What the backward pass computes again: nothing, or the inside of each block."""
     attention: tuple[AttentionKind, ...] | None = None
     """Kinds of attention of a ViT."""
+    cache_features: tuple[Literal["off", "on"], ...] | None = None
+    """on: the step begins with what is computed once for each image before anything trains."""
 
     def arguments(self) -> tuple[Any, ...]:
         """See `_Bench`."""
-        names = ("batch_size", "accumulate", "dtype", "remat", "attention")
+        names = ("batch_size", "accumulate", "dtype", "remat", "attention", "cache_features")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return self.what, self.model, self.image_size, given
 

@@ -27,7 +27,7 @@ class Data:
     action: Positional[Literal["list", "prepare"]]
     """list shows all; prepare downloads one, unless it is at hand, and builds it."""
     name: Positional[str | None] = None
-    """Which one to prepare."""
+    """Which one to prepare; NAME:SETTING=VALUE,... where it can be made in several ways."""
     manual_dir: Path | None = None
     """A folder that holds the dataset's archive, or what was extracted of it."""
     data_dir: Path | None = None
@@ -77,17 +77,16 @@ def _entry(name: str, data_dir: Path) -> dict[str, Any]:
 
 
 def _table(data_dir: Path) -> str:
-    lines = []
-    for name in DATASETS:
-        entry = _entry(name, data_dir)
-        state = f"prepared: {entry['path']}" if entry["path"] else f"not prepared in {data_dir}"
-        lines += [
-            f"{name}: {entry['title']}",
-            f"  {entry['pairs']} pairs, {entry['homepage']}",
-            f"  license: {entry['license']}",
-            f"  {state}",
-        ]
-    return "\n".join(lines) + "\n"
+    entries = {name: _entry(name, data_dir) for name in DATASETS}
+    width = max(map(len, entries))
+    lines = [
+        f"{'prepared' if entry['path'] else '':8}  {name:{width}}  {entry['pairs'] or '':>7}  "
+        f"{entry['title']}"
+        for name, entry in entries.items()
+    ]
+    header = f"{'':8}  {'NAME':{width}}  {'IMAGES':>7}  in {data_dir}"
+    more = "`samjax data prepare NAME` tells the license; `samjax data list --json` has it of all"
+    return "\n".join([header, *lines, more]) + "\n"
 
 
 def run(argv: list[str], console: Console) -> Outcome:

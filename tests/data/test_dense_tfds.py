@@ -130,16 +130,16 @@ def test_what_is_missing_is_told(folder, data_dir, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"manual holds no .*--manual-dir"):
         prepare("nyuv2", tmp_path, None, quiet())
     with pytest.raises(FileNotFoundError, match="run `samjax data prepare nyuv2`"):
-        DenseTfds("nyuv2", "train", NYUV2, tmp_path)
+        DenseTfds("nyuv2", "train", NYUV2, data_dir=tmp_path)
     with pytest.raises(
         ValueError, match="'normal'; the nearest is normals, it has depth, normals, "
     ):
-        DenseTfds("nyuv2", "train", [Task("normal", 3, "cosine")], data_dir)
-    few = DenseTfds("nyuv2", "train", [Task("segmentation", 7, "cross_entropy")], data_dir)
+        DenseTfds("nyuv2", "train", [Task("normal", 3, "cosine")], data_dir=data_dir)
+    few = DenseTfds("nyuv2", "train", [Task("segmentation", 7, "cross_entropy")], data_dir=data_dir)
     with pytest.raises(ValueError, match=r"0 \(segmentation\) has the value .* the classes 0 to 6"):
         few.check_sizes()
     with pytest.raises(ValueError, match=r"0 \(depth\) is \[10, 14, 1\], and task depth needs"):
-        DenseTfds("nyuv2", "test", [Task("depth", 3, "cosine")], data_dir).check_sizes()
+        DenseTfds("nyuv2", "test", [Task("depth", 3, "cosine")], data_dir=data_dir).check_sizes()
     monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
     with pytest.raises(ValueError, match="no validation"):
         open_dense("tfds:nyuv2", "validation", NYUV2)
@@ -154,7 +154,7 @@ def test_masks_are_no_dense_task(tmp_path):
         Image.new("L", (9, 8), 255).save(root / kind / "a.jpg")
     prepare("kvasir_seg", tmp_path, root, quiet())
     with pytest.raises(ValueError, match="kvasir_seg has masks and no dense tasks"):
-        DenseTfds("kvasir_seg", "train", NYUV2, tmp_path)
+        DenseTfds("kvasir_seg", "train", NYUV2, data_dir=tmp_path)
 
 
 def test_a_folder_that_cannot_be_read_leaves_nothing(tmp_path):

@@ -245,6 +245,40 @@ def test_blurred_edges_are_thresholded(tmp_path):
     assert mask.sum() == 19 * 20 and "thresholded" in notice
 
 
+def test_16_bit_masks_with_blurred_edges_are_thresholded(tmp_path):
+    pixels = np.zeros((40, 40), np.uint16)
+    pixels[10:30, 10:30] = 65535
+    pixels[10, 10:30] = 100 * 257
+    pixels[29, 10:30] = 200 * 257
+    Image.fromarray(pixels).save(tmp_path / "m.png")
+    mask, notice = read_mask(tmp_path / "m.png")
+    assert mask.sum() == 19 * 20 and "thresholded" in notice
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, 65535], [0, 24000, 24001, 33000], [0, 7, 120, 255]])
+def test_16_bit_labels_are_labels(tmp_path, labels):
+    Image.fromarray(np.array([labels], np.uint16)).save(tmp_path / "m.tif")
+    mask, notice = read_mask(tmp_path / "m.tif")
+    assert mask.tolist() == [[False, True, True, True]] and "label image" in notice
+
+
+def test_a_threshold_that_a_dataset_tells_is_no_guess(tmp_path):
+    grey = np.array([[0, 1, 127, 128]])
+    palette = Image.fromarray(np.array([[0, 0, 1, 1]], np.uint8), "P")
+    palette.putpalette([0, 0, 0, 100, 0, 0])
+    files = {
+        "8.png": Image.fromarray(grey.astype(np.uint8)),
+        "16.tif": Image.fromarray((grey * 257).astype(np.uint16)),
+        "rgb.png": Image.fromarray(np.repeat(grey[..., None], 3, 2).astype(np.uint8)),
+        "palette.png": palette,
+    }
+    for name, image in files.items():
+        image.save(tmp_path / name)
+        expected = [[False, False, name == "palette.png", True]]
+        mask, notice = read_mask(tmp_path / name, threshold=127)
+        assert mask.tolist() == expected and notice is None
+
+
 def test_dark_16_bit_images_are_named(tmp_path, caplog):
     Image.fromarray(np.full((4, 4), 4000, np.uint16)).save(tmp_path / "i.png")
     read_image(tmp_path / "i.png")

@@ -1,10 +1,14 @@
 """PASCAL-Context, from small files in ASTMT's layout."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from scipy.io import savemat
 
+from samjax.data.builders.prepare import prepare
 from samjax.data.dense import DenseDataset, open_dense
 from samjax.data.dense_augment import DenseAugmentConfig, augment_dense
 from samjax.data.dense_pipeline import prepare_truth
@@ -205,3 +209,37 @@ def test_what_is_missing_or_wrong_is_told(root):
     assert "val.txt lists no image" in complaint("test")
     (root / "ImageSets/Context/val.txt").unlink()
     assert "val.txt, which lists the images of the split test" in complaint("test")
+
+
+def test_it_becomes_records_of_tfds(root, tmp_path, monkeypatch):
+    """Samples are the folder's, and images the folder's files."""
+    console = Console(file=io.StringIO(), soft_wrap=True)
+    data_dir = tmp_path / "tfds"
+    assert prepare("pascal_context", data_dir, root, console).splits == {"train": 3, "test": 1}
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+    for split in ("train", "test"):
+        expected = open_dense(str(root), split, PASCAL_CONTEXT)
+        source = open_dense("tfds:pascal_context", split, PASCAL_CONTEXT)
+        assert source.names == expected.names
+        for index in range(len(expected)):
+            one, other = source[index], expected[index]
+            np.testing.assert_array_equal(one.image, other.image)
+            for task in PASCAL_CONTEXT:
+                assert one.truth[task.name].dtype == other.truth[task.name].dtype
+                np.testing.assert_array_equal(one.truth[task.name], other.truth[task.name])
+            image = source.image_file(index)
+            assert image.read() == (root / f"JPEGImages/{one.name}.jpg").read_bytes()
+
+
+def test_what_is_wrong_is_told_before_records_are_there(root, tmp_path):
+    console = Console(file=io.StringIO(), soft_wrap=True)
+    parts = root / f"human_parts/{NAMES[1]}.mat"
+    parts.write_bytes(parts.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"{parts} cannot be read as MATLAB's"):
+        prepare("pascal_context", tmp_path / "tfds", root, console)
+    assert list((tmp_path / "tfds" / "pascal_context").iterdir()) == []
+    (root / "ImageSets/Context/val.txt").unlink()
+    with pytest.raises(ValueError, match="lists the images of the split test"):
+        prepare("pascal_context", tmp_path / "tfds", root, console)
+    with pytest.raises(FileNotFoundError, match=r"nor does its PASCAL_MT/: get PASCAL_MT.tgz, by"):
+        prepare("pascal_context", tmp_path / "tfds", root / "semseg", console)

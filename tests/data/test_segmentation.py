@@ -8,7 +8,7 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from samjax.data.segmentation import decode, fault_of, run_lengths
+from samjax.data.segmentation import decode, encode, fault_of, run_lengths
 
 # pycocotools 2.0.11 with NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -116,3 +116,14 @@ def test_run_lengths_of_another_size():
     for wrong in (counts[:-1], counts + "1"):
         with pytest.raises(ValueError, match=r"of \d+ pixels, but its image has 100"):
             run_lengths(wrong, 10, 10)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (30, 41)])
+def test_masks_are_encoded_as_pycocotools_reads_them(share, shape):
+    mask = np.random.default_rng(0).random(shape) < share
+    encoded = encode(mask)
+    assert fault_of(encoded, *shape) is None
+    runs = coco_mask.frPyObjects(encoded, *shape)
+    np.testing.assert_array_equal(coco_mask.decode(runs), mask)
+    np.testing.assert_array_equal(decode(encoded, *shape), mask)

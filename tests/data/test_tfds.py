@@ -1,5 +1,6 @@
 """Datasets of TFDS, from files laid out as Kvasir-SEG's archive to samples, without TensorFlow."""
 
+import dataclasses
 import functools
 import hashlib
 import http.server
@@ -21,10 +22,12 @@ from rich.console import Console
 from samjax import cli
 from samjax.config import Config
 from samjax.data import builders
+from samjax.data.builders.archives import Archive
 from samjax.data.builders.image_mask import ImageMaskBuilder
 from samjax.data.builders.kvasir_seg import KvasirSeg
+from samjax.data.builders.layouts import Folders, Layout
 from samjax.data.builders.prepare import prepare
-from samjax.data.folder import MASKS, FolderSource, list_folder
+from samjax.data.folder import FolderSource
 from samjax.data.sources import Dataset, open_source
 from samjax.data.tfds import TfdsSource
 from samjax.run import with_absolute_paths
@@ -212,7 +215,11 @@ def test_the_list(data_dir, tmp_path, capsys):
     assert entry["pairs"] == 1000 and "research" in entry["license"]
     assert entry["path"] == str(data_dir / "kvasir_seg" / "1.0.0")
     assert cli.main(["data", "list", "--data-dir", str(tmp_path)]) == 0
-    assert f"not prepared in {tmp_path}" in capsys.readouterr().out
+    header, *lines, _ = capsys.readouterr().out.splitlines()
+    assert f"in {tmp_path}" in header and len(lines) == len(builders.DATASETS)
+    assert not any(line.startswith("prepared") for line in lines)
+    assert cli.main(["data", "list", "--data-dir", str(data_dir)]) == 0
+    assert "\nprepared  kvasir_seg" in capsys.readouterr().out
 
 
 def test_names_of_datasets_stay_as_they_are_in_a_run(data_dir, monkeypatch):
@@ -232,7 +239,7 @@ def assert_nothing_is_prepared(data_dir):
         TfdsSource("kvasir_seg", "train", data_dir=data_dir)
 
 
-@pytest.mark.parametrize("stage", ["unpacking", "writing"])
+@pytest.mark.parametrize("stage", ["unpacking", "checking", "writing"])
 def test_an_interrupted_build_leaves_nothing(archive, tmp_path, monkeypatch, stage):
     def track(items, title, total):
         for i, item in enumerate(items):
@@ -288,7 +295,8 @@ def test_what_is_wrong_with_the_files_is_said_before_anything_is_prepared(tmp_pa
     files = tmp_path / "files" / "Kvasir-SEG"
     (files / "masks" / f"{NAMES[0]}.jpg").unlink()
     zip_folder(tmp_path / "files").replace(archive)
-    assert f"{archive}/Kvasir-SEG has images without a mask: '{NAMES[0]}" in complaint(tmp_path)
+    said = complaint(tmp_path)
+    assert f"{archive}/Kvasir-SEG/images has images without a mask: '{NAMES[0]}" in said
     Image.new("L", (7, 5)).save(files / "masks" / f"{NAMES[0]}.jpg")
     zip_folder(tmp_path / "files").replace(archive)
     assert f"{archive}/Kvasir-SEG/masks/{NAMES[0]}.jpg is 7x5" in complaint(tmp_path)
@@ -323,15 +331,20 @@ def url(archive):
 
 
 def test_the_archive_is_downloaded_and_verified(archive, url, tmp_path, monkeypatch):
+    def publish(*published):
+        archive = Archive("Kvasir-SEG", "kvasir-seg.zip", *published)
+        layout = dataclasses.replace(KvasirSeg.LAYOUTS[0], archives=(archive,))
+        monkeypatch.setattr(KvasirSeg, "LAYOUTS", (layout,))
+
     content = (archive / "kvasir-seg.zip").read_bytes()
-    monkeypatch.setattr(KvasirSeg, "DOWNLOAD", (url, len(content), "0" * 64))
+    publish(url, len(content), "0" * 64)
     with pytest.raises(RuntimeError, match="sha256"):
         build(tmp_path, None)
     assert_nothing_is_prepared(tmp_path)
     digest = hashlib.sha256(content).hexdigest()
-    monkeypatch.setattr(KvasirSeg, "DOWNLOAD", (url, len(content), digest))
+    publish(url, len(content), digest)
     assert build(tmp_path, None).splits == {"train": len(NAMES)}
-    monkeypatch.setattr(KvasirSeg, "DOWNLOAD", None)
+    publish(None, None, None)
     with pytest.raises(FileNotFoundError, match=r"manual holds neither .* or pass --manual-dir"):
         build(tmp_path / "other", None)
 
@@ -345,13 +358,17 @@ class TwoParts(ImageMaskBuilder, skip_registration=True):
     VERSION = tfds.core.Version("2.1.0")
     TITLE = LICENSE = CITATION = "of the test"
     HOMEPAGE = "https://example.org"
-    ARCHIVE = "two.zip"
-    FOLDER = "two"
     NUM_PAIRS = 3
-
-    def pairs(self, root):
-        """The pairs of each part."""
-        return {split: list_folder(root / split, (MASKS,)).pairs for split in ("train", "test")}
+    LAYOUTS = (
+        Layout(
+            "two.zip from https://example.org",
+            (Archive("two", "two.zip"),),
+            {
+                split: Folders(f"two/{split}/images", f"two/{split}/masks")
+                for split in ("train", "test")
+            },
+        ),
+    )
 
 
 def test_official_splits_are_kept(tmp_path, monkeypatch):
@@ -372,3 +389,45 @@ def test_official_splits_are_kept(tmp_path, monkeypatch):
     assert sources["test"][0].mask.all()
     with pytest.raises(ValueError, match="no split 'validation', only train, test"):
         TfdsSource("two_parts", "validation", data_dir=tmp_path)
+
+
+class Slices(ImageMaskBuilder, skip_registration=True):
+    """Pictures in groups that no split divides."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    TITLE = LICENSE = CITATION = "of the test"
+    HOMEPAGE = "https://example.org"
+    NUM_PAIRS = 30
+    LAYOUTS = (
+        Layout(
+            "slices/", (Archive("slices"),), {"train": Folders("slices/images", "slices/masks")}
+        ),
+    )
+
+    def contents(self, found):
+        """All as one split; the groups have different sizes."""
+        splits = super().contents(found)
+        self.info.metadata["groups"] = {"train": [name[:2] for name in splits["train"].names]}
+        return splits
+
+
+def test_groups_are_not_divided(tmp_path, monkeypatch):
+    monkeypatch.setitem(builders._CLASSES, "slices", "Slices")
+    monkeypatch.setitem(sys.modules, "samjax.data.builders.slices", sys.modules[__name__])
+    names = sorted(f"v{i}_{j}" for i in range(10) for j in range(1 + i % 5))
+    for kind in ("images", "masks"):
+        (tmp_path / "slices" / kind).mkdir(parents=True)
+        for name in names:
+            Image.new("L", (9, 8), 255).save(tmp_path / "slices" / kind / f"{name}.png")
+    prepare("slices", tmp_path, tmp_path, quiet())
+    drawn = set()
+    for seed in range(4):
+        options = {"seed": seed, "fractions": (0.5, 0.2, 0.3), "data_dir": tmp_path}
+        splits = [TfdsSource("slices", split, **options) for split in ("train", "val", "test")]
+        groups = [{name[:2] for name in split.names} for split in splits]
+        assert [len(own) for own in groups] == [5, 2, 3]
+        assert sorted(sum((split.names for split in splits), ())) == names
+        assert all(split.names == tuple(sorted(split.names)) for split in splits)
+        assert splits[2][0].name == splits[2].names[0]
+        drawn.add(frozenset(groups[2]))
+    assert len(drawn) == 4

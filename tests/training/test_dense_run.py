@@ -171,6 +171,13 @@ def test_the_baselines_run(config, tmp_path, changes):
         ({"tasks": ("nyuv",)}, "no set of tasks 'nyuv'; the nearest is nyuv2"),
         ({"tasks": ()}, "method 'ta_lora' is for dense tasks: name them, such as --tasks nyuv2"),
         ({"objects": "each"}, "dense tasks have no objects: leave out objects and classes"),
+        (
+            {
+                "tasks": ("segmentation:3:mask_classification",),
+                "method": MethodConfig("lora_hps", decoder="none"),
+            },
+            "task segmentation: with decoder none its semantic head does not train",
+        ),
         ({"classes": ("cat",)}, "dense tasks have no objects: leave out objects and classes"),
         ({"eval_prompt": "box"}, "dense tasks take no prompt: leave out eval_prompt"),
         ({"best_metric": "depth/miou"}, "best_metric must be one of .* the nearest is"),

@@ -144,6 +144,9 @@ def test_tasks_that_cannot_be(arguments, message):
 def test_tasks_are_texts():
     assert parse(["nyuv2"]) == NYUV2
     assert parse([str(task) for task in PASCAL_CONTEXT]) == PASCAL_CONTEXT
+    heads = (Task("a", 3, "mask_classification"), Task("b", 3, "mask_classification", 0.5, 9))
+    assert parse(["a:3:mask_classification", "b:3:mask_classification:0.5:9"]) == heads
+    assert parse([str(task) for task in heads]) == heads
     assert parse(["nyuv2", "edges:1:balanced_bce"]) == (*NYUV2, Task("edges", 1, "balanced_bce"))
 
 
@@ -154,7 +157,11 @@ def test_tasks_are_texts():
         (["nyuv2", "depth:1:masked_l1"], "two tasks 'depth'"),
         (["depth:one:masked_l1"], "a task is NAME:CHANNELS:LOSS or .*, not 'depth:one:masked_l1'"),
         (["depth:1"], "a task is NAME:CHANNELS:LOSS"),
-        (["depth:1:masked_l1:2:3"], "a task is NAME:CHANNELS:LOSS"),
+        (["depth:1:masked_l1:2:3"], "task depth: masked_l1 has no tokens: leave them out"),
+        (["depth:1:masked_l1:2:3:4"], "a task is NAME:CHANNELS:LOSS"),
+        (["a:4:mask_classification:1:many"], "or NAME:CHANNELS:mask_classification:WEIGHT:TOKENS"),
+        (["a:4:mask_classification:1:3"], "task a: 3 tokens cannot show 4 classes at once"),
+        (["a:1:mask_classification"], "task a: mask_classification needs two classes or more"),
         (["depth:2:masked_l1"], "task depth: masked_l1 has 1 channel, not 2"),
         (["depth:1:masked_l1:inf"], "weight must be finite"),
     ],

@@ -7,13 +7,11 @@ official split.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import tensorflow_datasets as tfds
 
+from samjax.data.builders.archives import Archive
 from samjax.data.builders.image_mask import ImageMaskBuilder
-from samjax.data.folder import MASKS, Pair, list_folder
+from samjax.data.builders.layouts import Folders, Layout
 
 
 class KvasirSeg(ImageMaskBuilder):
@@ -22,15 +20,23 @@ class KvasirSeg(ImageMaskBuilder):
     VERSION = tfds.core.Version("1.0.0")
     TITLE = "Kvasir-SEG: polyps in images of colonoscopies, with masks"
     HOMEPAGE = "https://datasets.simula.no/kvasir-seg/"
-    ARCHIVE = "kvasir-seg.zip"
-    FOLDER = "Kvasir-SEG"
     NUM_PAIRS = 1000
-    # The hash stands in two projects on GitHub: constantinpape/torch-em (torch_em/data/datasets/
-    # medical/kvasir.py) and MECLabTUDA/NCALab (tasks/segmentation_kvasir_seg).
-    DOWNLOAD = (
-        "https://datasets.simula.no/downloads/kvasir-seg.zip",
-        46_227_172,
-        "03b30e21d584e04facf49397a2576738fd626815771afbbf788f74a7153478f7",
+    LAYOUTS = (
+        Layout(
+            "kvasir-seg.zip from https://datasets.simula.no/kvasir-seg/",
+            # The hash stands in two projects on GitHub: constantinpape/torch-em (torch_em/data/
+            # datasets/medical/kvasir.py) and MECLabTUDA/NCALab (tasks/segmentation_kvasir_seg).
+            (
+                Archive(
+                    "Kvasir-SEG",
+                    "kvasir-seg.zip",
+                    "https://datasets.simula.no/downloads/kvasir-seg.zip",
+                    46_227_172,
+                    "03b30e21d584e04facf49397a2576738fd626815771afbbf788f74a7153478f7",
+                ),
+            ),
+            {"train": Folders("Kvasir-SEG/images", "Kvasir-SEG/masks")},
+        ),
     )
     LICENSE = (
         "for research and education only; commercial use needs prior written permission of the "
@@ -45,9 +51,3 @@ class KvasirSeg(ImageMaskBuilder):
   pages = {451--462},
   year = {2020},
 }"""
-
-    def pairs(self, root: Path) -> dict[str, Sequence[Pair]]:
-        """All pairs as one split."""
-        listing = list_folder(root, (MASKS,))
-        listing.check()
-        return {"train": listing.pairs}

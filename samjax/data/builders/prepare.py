@@ -11,8 +11,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from rich.console import Console
 
-from samjax.data.builders import builder_class, prepared_folder
-from samjax.data.builders.records import RecordsBuilder
+from samjax.data.builders import builder_class, configuration, prepared_folder
 from samjax.download import fetch
 from samjax.terminal import progress_on
 
@@ -34,40 +33,39 @@ class Prepared:
 def prepare(name: str, data_dir: Path, manual_dir: Path | None, console: Console) -> Prepared:
     """Builds a dataset in TFDS's folder `data_dir`, unless it is there already.
 
-    `manual_dir` holds the archive or its extracted folder; left out, the archive is downloaded
+    `manual_dir` holds the archives or their extracted folders; left out, archives are downloaded
     where that takes no person. TFDS builds in a folder of another name, which it removes on an
     error or an interrupt and renames at the end.
 
-    Raises ValueError for an unknown name and for files that are not the dataset's,
-    FileNotFoundError where the archive must be got by hand, `samjax.download.DownloadError`.
+    Raises ValueError for an unknown name or settings and for files that are not the dataset's,
+    FileNotFoundError where an archive must be got by hand, `samjax.download.DownloadError`.
     """
     cls = builder_class(name)
     folder = prepared_folder(name, data_dir)
     reused = folder.is_dir()
     if not reused:
-        _build(cls, data_dir, manual_dir, console)
+        _build(name, data_dir, manual_dir, console)
     info = tfds.builder_from_directory(folder).info
     splits = {split: found.num_examples for split, found in info.splits.items()}
     pairs = sum(splits.values())
-    if pairs != cls.NUM_PAIRS:
+    if cls.NUM_PAIRS is not None and pairs != cls.NUM_PAIRS:
         _logger.warning("%s holds %s pairs, but %s has %s", folder, pairs, name, cls.NUM_PAIRS)
     return Prepared(folder, splits, int(info.dataset_size), reused)
 
 
-def _build(
-    cls: type[RecordsBuilder], data_dir: Path, manual_dir: Path | None, console: Console
-) -> None:
+def _build(name: str, data_dir: Path, manual_dir: Path | None, console: Console) -> None:
+    cls = builder_class(name)
     # The second is TFDS's own place for files that were fetched by hand.
     files = manual_dir or data_dir / "downloads" / "manual"
     is_missing = cls.find(files) is None
-    if is_missing and (manual_dir or not cls.DOWNLOAD):
+    if is_missing and (manual_dir or not cls.downloads()):
         hint = "" if manual_dir else ", or pass --manual-dir with the folder where it is"
         raise FileNotFoundError(cls.missing(files) + hint)
     console.print(f"{cls.TITLE}\nlicense: {cls.LICENSE}\nplease cite:\n{cls.CITATION}")
-    if is_missing and cls.DOWNLOAD:
-        url, size, sha256 = cls.DOWNLOAD
-        fetch(url, files / cls.ARCHIVE, size, sha256, console)
-    builder = cls(data_dir=data_dir)
+    for archive in cls.downloads() if is_missing else ():
+        if archive.find(files) is None and archive.url and archive.file:
+            fetch(archive.url, files / archive.file, archive.size, archive.checksum, console)
+    builder = cls(data_dir=data_dir, config=configuration(name))
     builder.track = progress_on(console)
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS says there what is said here
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=files))

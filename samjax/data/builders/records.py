@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import file_adapters
 
+from samjax.data.builders.archives import Archive
 from samjax.data.walk import Track, untracked
 
 
@@ -41,12 +42,8 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     # What the data may be used for.
     LICENSE: ClassVar[str]
     CITATION: ClassVar[str]
-    # How many images with their truths there are.
-    NUM_PAIRS: ClassVar[int]
-    # What `DOWNLOAD` is called where it is kept.
-    ARCHIVE: ClassVar[str]
-    # The archive's URL, size in bytes and sha256; None where it takes a person to get it.
-    DOWNLOAD: ClassVar[tuple[str, int, str] | None] = None
+    # How many images with their truths there are; None where it depends on settings.
+    NUM_PAIRS: ClassVar[int | None]
 
     # TFDS would look for checksums beside this file, and for that needs a package
     # (importlib_resources) that it does not require.
@@ -57,6 +54,16 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def __init__(self, *, file_format: str = "array_record", **options: Any) -> None:
         super().__init__(file_format=file_format, **options)
+
+    @classmethod
+    def configured(cls, settings: str) -> tfds.core.BuilderConfig | None:
+        """The settings of a text, as `samjax.data.builders.settings` has it; None: there are none.
+
+        Raises ValueError for settings that the dataset has not.
+        """
+        if settings:
+            raise ValueError(f"{cls.name} has no settings")
+        return None
 
     @classmethod
     @abc.abstractmethod
@@ -73,6 +80,11 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def missing(cls, folder: Path) -> str:
         """What to say where `find` finds nothing."""
 
+    @classmethod
+    def downloads(cls) -> tuple[Archive, ...]:
+        """What to download where `find` finds nothing; nothing where it takes a person."""
+        return ()
+
     @abc.abstractmethod
     def record_features(self) -> dict[str, Any]:
         """TFDS's features of what a record holds beside `name`; `image` is among them."""
@@ -80,6 +92,12 @@ class RecordsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     @abc.abstractmethod
     def contents(self, found: Path) -> dict[str, Contents]:
         """The splits of what `find` found. Raises ValueError where it is not the dataset."""
+
+    def _create_builder_config(
+        self, builder_config: Any, version: Any
+    ) -> tfds.core.BuilderConfig | None:
+        # TFDS's own lists the configurations that there can be, and warns of others.
+        return builder_config if builder_config is not None else self.configured("")
 
     @property
     def MANUAL_DOWNLOAD_INSTRUCTIONS(self) -> str:
