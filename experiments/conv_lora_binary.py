@@ -8,9 +8,10 @@ Protocol, as AutoGluon's code of Conv-LoRA has it: SAM ViT-H, 1024 px, no prompt
 of 4, random mirroring; the mask decoder trains but for its IoU head. Epochs, loss and learning
 rate are each dataset's: structure loss, 30 epochs at 1e-4 (polyps, ISIC 2017) or 3e-4 (Leaf), 20
 at 1e-4 (CAMO) or 3e-4 (Road), and balanced BCE in 10 epochs at 1e-4 (SBU). Kvasir and CVC-612 are
-the two tests of one training set; as two columns they are trained for each. What is measured is
-what that code tests: S-measure, mean E, weighted F and MAE of polyps and CAMO, IoU an image of
-ISIC, Leaf and Road, BER an image of SBU.
+the two tests of one training set, and two columns: each trains anew (`samjax eval RUN --data
+tfds:polyp/cvc_clinicdb` measures a run of the first on the second). What is measured is what that
+code tests: S-measure, mean E, weighted F and MAE of polyps and CAMO, IoU an image of ISIC, Leaf
+and Road, BER an image of SBU.
 
 Published numbers: Kvasir's S-measure, as referees' reports quote it, with the standard error of
 three runs. The paper's full tables were not found; of others it is known that Conv-LoRA's

@@ -133,7 +133,7 @@ TRANS10K = tuple(
         f"Trans10K-{version}",
         f"tfds:trans10k_{version}",
         _CLASSES,
-        tasks=(f"segmentation:{classes}:cross_entropy",),
+        tasks=(f"segmentation:{classes}:mask_classification",),
     )
     for version, classes in (("v1", 3), ("v2", 12))
 )

@@ -327,7 +327,7 @@ def test_the_baseline_of_masks_and_of_methods_without_lora_stl(tmp_path):
 
 def test_methods_of_folders():
     for text in ("lora", "lora_conv", "fact_tt:rank=2", "lora_conv:rank=2", *METHODS):
-        assert module._text(module._label(text)) == text
+        assert module._text(module.label_of(text)) == text
 
 
 def test_runs_of_before_there_was_a_split_seed_go_on(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from samjax.comparison import Spread
 from samjax.config import Config, load_experiment
+from samjax.data.builders import DATASETS
 from samjax.data.prompts import PromptConfig
 from samjax.tables.cells import cells_of, record_file
 from samjax.tables.measured import (
@@ -79,6 +80,8 @@ def test_every_table_of_the_papers_can_be_run(name):
     assert "Published numbers: " in text or "were NOT FOUND" in text
     for said in (f"samjax table {name}", "ot the paper", "What was measured: "):
         assert said in text
+    data = {column.config.data.partition("/")[0] for column in table.columns if not column.timed}
+    assert data <= {f"tfds:{dataset}" for dataset in DATASETS}
     cells = [(r, c) for c in table.columns for r in table.rows if not r.unavailable]
     assert all(column.config.weights or column.timed for column in table.columns)
     texts = {(method_in(row, column), column.name) for row, column in cells}
