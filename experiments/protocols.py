@@ -8,6 +8,8 @@ norm at 1, and has AdamW.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from samjax.config import Config
 from samjax.data.augment import NO_AUGMENTATION, AugmentConfig
 from samjax.data.prompts import PromptConfig
@@ -26,7 +28,11 @@ SAM_PARSER_PAPER = (
 
 
 def sam_parser_column(
-    name: str, title: str, metrics: tuple[Metric, ...] = (MIOU, F1), train: float = 0.8
+    name: str,
+    title: str,
+    metrics: tuple[Metric, ...] = (MIOU, F1),
+    train: float = 0.8,
+    test_split: Literal["test", "validation"] = "test",
 ) -> Column:
     """SAM-PARSER's protocol: ViT-B, a box for each instance, one a step.
 
@@ -43,6 +49,7 @@ def sam_parser_column(
         data=f"tfds:{name}",
         objects="each",
         fractions=(train, 0.0, round(1 - train, 6)),
+        test_split=test_split,
         prompts=PromptConfig(none=0.0, box=1.0, box_jitter=0.0, box_outward=20),
         eval_box_outward=20,
         metrics=tuple(metric.name for metric in metrics),

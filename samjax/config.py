@@ -67,6 +67,8 @@ class Config:
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     # What draws these shares; `seed` does not, so that runs of several seeds have one test split.
     split_seed: int = 0
+    # What a run is measured on before and after training; validation for benchmarks that are.
+    test_split: Literal["test", "validation"] = "test"
     # Dense tasks instead of masks, predicted for each pixel: nyuv2, cityscapes or pascal_context,
     # or tasks NAME:CHANNELS:LOSS or NAME:CHANNELS:LOSS:WEIGHT, such as depth:1:masked_l1; losses
     # are cross_entropy, mask_classification (a semantic head: segmentation:12:mask_classification),

@@ -69,6 +69,11 @@ def _check_numbers(config: Config) -> None:
 
 def _check_validation(config: Config) -> None:
     if config.validate_every is not None:
+        if config.test_split == "validation":
+            raise ValueError(
+                "with test_split validation a run is measured on what its validations choose by: "
+                "leave out validate_every, or test_split"
+            )
         return
     if config.keep == "best":
         raise ValueError("keep best compares validations: set validate_every, or keep last")

@@ -46,7 +46,7 @@ def write_report(
         f"- adapter: {Path(summary['adapter']).name}, {decimal(summary['file_bytes'])}",
         f"- {summary['device']}, {summary['date']}",
         "",
-        f"## The test split, {conditions}",
+        f"## The {config.test_split} split, {conditions}",
         "",
         "| | before | after | change |",
         "|---|---|---|---|",

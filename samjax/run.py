@@ -66,7 +66,7 @@ def open_sources(config: Config, console: Console) -> dict[str, Dataset]:
     sources = {"train": open_data(config, "train", console)}
     if config.validate_every is not None:
         sources["validation"] = _open_validation(config, console)
-    sources["test"] = open_data(config, "test", console)
+    sources["test"] = open_data(config, config.test_split, console)
     for source in sources.values():
         source.check_sizes()
     return sources
@@ -307,7 +307,7 @@ def _train(
 
         means = on_first(read)
         console.print(
-            f"test {when} ({problem.conditions}): "
+            f"{config.test_split} {when} ({problem.conditions}): "
             + ", ".join(f"{k} {v:.4f}" for k, v in means.items())
         )
         return means

@@ -68,7 +68,7 @@ _ELSEWHERE = frozenset(
 # Settings that an evaluation without training depends on.
 _OF_EVALUATION = (
     *("model", "image_size", "objects", "classes", "tasks", "eval_prompt", "eval_box_outward"),
-    *("fractions", "split_seed"),
+    *("fractions", "split_seed", "test_split"),
 )
 
 

@@ -209,7 +209,7 @@ def _time(job: Job, folder: Path, console: Console) -> None:
 def _evaluate(config: Config, out: Path, console: Console) -> None:
     """SAM as it is; its folder is like that of a run."""
     console.print("evaluating the weights as they are")
-    found = evaluate_weights(config, "test", console)
+    found = evaluate_weights(config, config.test_split, console)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", with_absolute_paths(config).to_json())

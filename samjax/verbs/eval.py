@@ -30,8 +30,8 @@ class EvalRun:
     Example: samjax eval runs/kvasir_lora --split test
     """
 
-    split: Literal["train", "validation", "test"] = "test"
-    """Which part of the data."""
+    split: Literal["train", "validation", "test"] | None = None
+    """Which part of the data; left out, the run's test_split, which is test but for some sets."""
     eval_prompt: Literal["none", "box", "point"] | None = None
     """No prompt, the truth's box or its most central point; left out, as in the run."""
     eval_box_outward: int | None = None
@@ -62,8 +62,8 @@ class EvalExperiment:
     """  # noqa: E501
 
     config: Annotated[Config, tyro.conf.arg(name="")]
-    split: Literal["train", "validation", "test"] = "test"
-    """Which part of the data."""
+    split: Literal["train", "validation", "test"] | None = None
+    """Which part of the data; left out, the run's test_split, which is test but for some sets."""
     csv: Path | None = None
     """Where the metrics of each image go; left out, nowhere."""
     json: bool = False
@@ -88,7 +88,7 @@ def run(argv: list[str], console: Console) -> Outcome:
 
         on_first(lambda: _check_csv(args.csv))
         in_turn(lambda: experiment.prepare(args.config, console))
-        result = evaluate_weights(args.config, args.split, console)
+        result = evaluate_weights(args.config, args.split or args.config.test_split, console)
         return _outcome(result, args.csv), args.json
 
     return in_processes(args.hosts, "eval", argv, console, work)
@@ -108,9 +108,10 @@ def _eval_run(target: Path, args: EvalRun, console: Console) -> Outcome:
     )
     mark = f"_{args.adapter.stem}" if args.adapter else ""
     prompt = "" if config.tasks else f"_{config.evaluation_prompt}{config.eval_box_outward or ''}"
-    csv = args.csv or target / f"eval_{args.split}{prompt}{mark}.csv"
+    split = args.split or config.test_split
+    csv = args.csv or target / f"eval_{split}{prompt}{mark}.csv"
     on_first(lambda: _check_csv(csv))
-    result = evaluate_run(target, config, args.split, console, args.adapter)
+    result = evaluate_run(target, config, split, console, args.adapter)
     return _outcome(result, csv), args.json
 
 

@@ -1,11 +1,15 @@
 """Evaluating a finished run again: with other prompts, and after its files moved."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
+from rich.console import Console
 
 from samjax.cli import main
+from samjax.config import load_experiment
+from samjax.run import open_data, open_sources
 
 
 @pytest.fixture
@@ -49,6 +53,20 @@ def test_other_metrics_and_larger_boxes(run, capsys):
     assert "eval_box_outward moves boxes, and the evaluation's prompt is point" in (
         capsys.readouterr().err
     )
+
+
+def test_a_benchmark_that_is_measured_on_its_validation_split(experiment):
+    config = load_experiment(experiment).config
+    with pytest.raises(ValueError, match="measured on what its validations choose by"):
+        dataclasses.replace(config, test_split="validation", validate_every=2)
+    once = {"validate_every": None, "keep": "last", "patience": None}
+    other = dataclasses.replace(config, test_split="validation", **once)
+    quiet = Console(quiet=True)
+    first = {
+        split: open_data(config, split, quiet).image_file(0) for split in ("validation", "test")
+    }
+    assert first["validation"] != first["test"]
+    assert open_sources(other, quiet)["test"].image_file(0) == first["validation"]
 
 
 def test_weights_and_data_that_moved(run, experiment, tmp_path, capsys):
