@@ -32,8 +32,9 @@ class NwpuVhr10(CocoBuilder):
         Archive(
             "NWPU VHR-10 dataset",
             "NWPU VHR-10 dataset.zip",
-            "https://hf.co/datasets/torchgeo/vhr10/resolve/"
-            "7e7968ad265dadc4494e0ca4a079e0b63dc6f3f8/NWPU%20VHR-10%20dataset.zip",
+            "https://hf.co/datasets/isaaccorley/vhr10/resolve/"
+            "60ecc4be33609184e2224606858cd00b7daba8df/NWPU%20VHR-10%20dataset.zip",
+            checksum="md5:6add6751469c12dd8c8d6223064c6c4d",
         ),
         Archive(
             _JSON,
