@@ -83,7 +83,8 @@ def open_dense(
     if is_tfds(data):
         from samjax.data.dense_tfds import DenseTfds
 
-        return DenseTfds(data.removeprefix(TFDS), split, tasks, seed, fractions)
+        name = data.removeprefix(TFDS)
+        return DenseTfds(name, split, tasks, seed=seed, fractions=fractions)
     root = Path(data).expanduser()
     if not root.is_dir():
         raise ValueError(f"there is no folder {root}: data of dense tasks is a folder")

@@ -40,9 +40,9 @@ class DenseTfds:
         name: str,
         split: str,
         tasks: Sequence[Task],
+        data_dir: Path | None = None,
         seed: int = 0,
         fractions: Fractions = DEFAULT_FRACTIONS,
-        data_dir: Path | None = None,
     ) -> None:
         builder = open_prepared(name, data_dir)
         features = set(builder.info.features)
