@@ -212,6 +212,10 @@ def test_records_of_other_settings_are_shown_and_no_substitute(tmp_path):
     assert left(coco) == ["nothing", "LoRA", "decoder"]
     text = markdown(table, cells_of(table, table.rows, table.columns, file, tmp_path)[0])
     assert "run as `lora:rank=2`; NOT THE PROTOCOL: method.rank 2, not 8" in text
+    assert "; data " not in text
+    own = dataclasses.replace(CONFIG, data="/home/me/ct")
+    write_recorded(record_file(file), [measured(config=own)])
+    assert "; data ct;" in markdown(table, cells_of(table, table.rows, (ct,), file, tmp_path)[0])
     # Where two rows have the method, nothing tells whose it is.
     more = dataclasses.replace(table, rows=(*table.rows, Row("LoRA 4", "lora:rank=4")))
     cells = cells_of(more, more.rows, (coco,), file, tmp_path)[0]
@@ -222,8 +226,9 @@ def test_a_record_is_whole_or_as_it_was(tmp_path, files_end_at):
     path = tmp_path / "measured/toy.json"
     path.parent.mkdir()
     elsewhere = dataclasses.replace(CONFIG, weights="/home/me/sam.pth", data="/home/me/ct", seed=3)
-    write_recorded(path, [measured(config=elsewhere), measured("coco")])
-    assert "/home" not in path.read_text()
+    part = dataclasses.replace(CONFIG, data="tfds:polyp/kvasir")
+    write_recorded(path, [measured(config=elsewhere), measured("coco", config=part)])
+    assert "/home" not in path.read_text() and "tfds:polyp/kvasir" in path.read_text()
     first, second = read_recorded(path)
     assert first.metrics == measured().metrics and first.seeds == (0, 1)
     assert first.config.weights == "sam.pth" and second.column == "coco"

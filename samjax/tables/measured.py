@@ -25,6 +25,7 @@ from typing import Any
 from samjax.compare import label_of
 from samjax.comparison import Spread
 from samjax.config import Config, read_run_config
+from samjax.data.sources import is_tfds
 from samjax.files import read_record, write_json, writing
 from samjax.method_text import with_method
 from samjax.tables.table import SPEED, UNTRAINED, Column, Row, method_in
@@ -68,7 +69,7 @@ _ELSEWHERE = frozenset(
 # Settings that an evaluation without training depends on.
 _OF_EVALUATION = (
     *("model", "image_size", "objects", "classes", "tasks", "eval_prompt", "eval_box_outward"),
-    *("fractions", "split_seed"),
+    *("fractions", "split_seed", "dtype"),
 )
 
 
@@ -261,5 +262,5 @@ def _portable(config: Config) -> Config:
         optimizer=dataclasses.replace(config.optimizer, learning_rate=None),
         stages=None,
         weights=Path(config.weights).name,
-        data=Path(config.data).name,
+        data=config.data if is_tfds(config.data) else Path(config.data).name,
     )
