@@ -31,7 +31,7 @@ from samjax.method_text import with_method
 from samjax.tables.table import SPEED, UNTRAINED, Column, Row, method_in
 
 SUMMARY = "summary.json"
-# In a column's folder: the command that last ran cells of it, and where.
+# In a method's folder: the command that last ran it, and where.
 COMMAND = "command.json"
 # In the folder of a column that is timed: what `samjax bench methods --json` prints.
 BENCH = "bench.json"
@@ -126,7 +126,9 @@ def read_runs(folder: Path, row: Row, column: Column) -> tuple[list[Measured], l
         if run not in agree
     ]
     by_seed = {config.seed: summary[when] for _, config, _, summary in agree}
-    command = _command(at)
+    # The folder of a run is in that of its method; that of an evaluation alone is one.
+    of_last = found[-1][0]
+    command = _command(of_last if when == "after" and method == UNTRAINED else of_last.parent)
     return [
         Measured(
             column=column.name,
@@ -155,7 +157,7 @@ def _read_bench(folder: Path, method: str, column: Column) -> list[Measured]:
     timed = result["methods"].get(method)
     if timed is None:
         return []
-    command = _command(folder)
+    command = _command(folder / label_of(method))
     images = [result["batch_size"] / seconds for seconds in timed["all_seconds"]]
     speed = Spread(result["batch_size"] / timed["seconds"], statistics.stdev(images))
     return [
