@@ -19,8 +19,11 @@ weighted F on CAMO is 1.2 above LoRA's, and its IoU on Road 0.4 above.
 
 Not the paper's: the rank 3, alpha 32 and 8 experts on the fused qkv are that code's defaults,
 which give the paper's 4.00 M and 4.02 M numbers in ViT-H. There rates fall linearly and the best
-epoch by the validation is kept; here they fall by a cosine and the last state is kept. Settings
-of BitFit, Adapter and SSF are samjax's own.
+epoch by the validation is kept; here they fall by a cosine and the last state is kept. There
+images are stretched to a square, here their sides keep their ratio; the weights of the structure
+loss's BCE cancel out there and count here (`samjax.training.losses.weighted_bce`); SBU's BER
+has its threshold at 125 of 255 there, here at the half. Settings of BitFit, Adapter and SSF are
+samjax's own.
 
 What was measured: Kvasir-SEG with MobileSAM at 352 px in four epochs (docs/results.md, "The
 methods side by side" and "NAS-LoRA"), far from the paper's ViT-H in model, size and budget, on a

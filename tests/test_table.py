@@ -1,11 +1,13 @@
 """Tables of papers: what they hold, how they are shown, and what is recorded; no training here."""
 
 import dataclasses
+import io
 import json
 import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from samjax.comparison import Spread
 from samjax.config import Config, load_experiment
@@ -19,7 +21,7 @@ from samjax.tables.measured import (
     read_runs,
     write_recorded,
 )
-from samjax.tables.missing import missing
+from samjax.tables.missing import Job, missing, run_jobs
 from samjax.tables.report import markdown, to_json
 from samjax.tables.table import (
     SPEED,
@@ -212,6 +214,10 @@ def test_records_of_other_settings_are_shown_and_no_substitute(tmp_path):
     assert left(coco) == ["nothing", "LoRA", "decoder"]
     text = markdown(table, cells_of(table, table.rows, table.columns, file, tmp_path)[0])
     assert "run as `lora:rank=2`; NOT THE PROTOCOL: method.rank 2, not 8" in text
+    assert "; data " not in text
+    own = dataclasses.replace(CONFIG, data="/home/me/ct")
+    write_recorded(record_file(file), [measured(config=own)])
+    assert "; data ct;" in markdown(table, cells_of(table, table.rows, (ct,), file, tmp_path)[0])
     # Where two rows have the method, nothing tells whose it is.
     more = dataclasses.replace(table, rows=(*table.rows, Row("LoRA 4", "lora:rank=4")))
     cells = cells_of(more, more.rows, (coco,), file, tmp_path)[0]
@@ -222,8 +228,9 @@ def test_a_record_is_whole_or_as_it_was(tmp_path, files_end_at):
     path = tmp_path / "measured/toy.json"
     path.parent.mkdir()
     elsewhere = dataclasses.replace(CONFIG, weights="/home/me/sam.pth", data="/home/me/ct", seed=3)
-    write_recorded(path, [measured(config=elsewhere), measured("coco")])
-    assert "/home" not in path.read_text()
+    part = dataclasses.replace(CONFIG, data="tfds:polyp/kvasir")
+    write_recorded(path, [measured(config=elsewhere), measured("coco", config=part)])
+    assert "/home" not in path.read_text() and "tfds:polyp/kvasir" in path.read_text()
     first, second = read_recorded(path)
     assert first.metrics == measured().metrics and first.seeds == (0, 1)
     assert first.config.weights == "sam.pth" and second.column == "coco"
@@ -278,6 +285,30 @@ def _rows_of(section):
             return rows
         rows.append([cell.strip(" `") for cell in line.strip("|").split("|")])
     return rows
+
+
+def test_a_cell_keeps_its_own_command_and_times_are_of_one_machine(tmp_path, monkeypatch):
+    """What a later command ran has its name; times of two machines never stand side by side."""
+    config = Config(model="vit_t", image_size=64, batch_size=2, prompts=PromptConfig(0.0, 1.0))
+    column = Column("step", "A step", config, (Metric(SPEED, "images/s", 1.0),), timed=True)
+    rows = (Row("LoRA", "lora"), Row("decoder", "decoder"))
+    machine = {"device": "one", "threads": 2, "jax": "0"}
+
+    def measure(model, side, texts, batch_size, rounds, console):
+        facts = {"model": model, "image_size": [side, side], "batch_size": batch_size}
+        times = {"seconds": 0.5, "all_seconds": [0.4, 0.5]}
+        return {**facts, **machine, "methods": dict.fromkeys(texts, times)}
+
+    monkeypatch.setattr("samjax.tables.missing.methods.measure", measure)
+
+    def timed(row, command):
+        run_jobs([Job(column, (row,), (), 0)], tmp_path, command, Console(file=io.StringIO()))
+        return {m.method: m.command for row in rows for m in read_runs(tmp_path, row, column)[0]}
+
+    assert timed(rows[0], "first") == {"lora": "first"}
+    assert timed(rows[1], "second") == {"lora": "first", "decoder": "second"}
+    machine["device"] = "another"
+    assert timed(rows[1], "third") == {"decoder": "third"}
 
 
 def test_records_agree_with_the_results_that_are_told():

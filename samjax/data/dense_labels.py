@@ -18,11 +18,9 @@ from samjax.data.dense import DenseSample, checked_truth
 from samjax.data.dense_folder import IMAGES
 from samjax.data.folder import LABELS, check_pairs, has_labels, has_masks, open_pairs
 from samjax.data.images import ImageFile, read_image, read_labels
+from samjax.data.labels import VOID
 from samjax.data.splits import DEFAULT_FRACTIONS, Fractions, split_folders
 from samjax.tasks import CLASSES, Task
-
-# Where a pixel does not count, as in PASCAL VOC.
-VOID = 255
 
 
 def is_labelled(root: Path) -> bool:

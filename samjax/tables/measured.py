@@ -25,12 +25,13 @@ from typing import Any
 from samjax.compare import label_of
 from samjax.comparison import Spread
 from samjax.config import Config, read_run_config
+from samjax.data.sources import is_tfds
 from samjax.files import read_record, write_json, writing
 from samjax.method_text import with_method
 from samjax.tables.table import SPEED, UNTRAINED, Column, Row, method_in
 
 SUMMARY = "summary.json"
-# In a column's folder: the command that last ran cells of it, and where.
+# In a method's folder: the command that last ran it, and where.
 COMMAND = "command.json"
 # In the folder of a column that is timed: what `samjax bench methods --json` prints.
 BENCH = "bench.json"
@@ -68,7 +69,7 @@ _ELSEWHERE = frozenset(
 # Settings that an evaluation without training depends on.
 _OF_EVALUATION = (
     *("model", "image_size", "objects", "classes", "tasks", "eval_prompt", "eval_box_outward"),
-    *("fractions", "split_seed", "test_split"),
+    *("fractions", "split_seed", "test_split", "dtype"),
 )
 
 
@@ -125,7 +126,9 @@ def read_runs(folder: Path, row: Row, column: Column) -> tuple[list[Measured], l
         if run not in agree
     ]
     by_seed = {config.seed: summary[when] for _, config, _, summary in agree}
-    command = _command(at)
+    # The folder of a run is in that of its method; that of an evaluation alone is one.
+    of_last = found[-1][0]
+    command = _command(of_last if when == "after" and method == UNTRAINED else of_last.parent)
     return [
         Measured(
             column=column.name,
@@ -154,7 +157,7 @@ def _read_bench(folder: Path, method: str, column: Column) -> list[Measured]:
     timed = result["methods"].get(method)
     if timed is None:
         return []
-    command = _command(folder)
+    command = _command(folder / label_of(method))
     images = [result["batch_size"] / seconds for seconds in timed["all_seconds"]]
     speed = Spread(result["batch_size"] / timed["seconds"], statistics.stdev(images))
     return [
@@ -261,5 +264,5 @@ def _portable(config: Config) -> Config:
         optimizer=dataclasses.replace(config.optimizer, learning_rate=None),
         stages=None,
         weights=Path(config.weights).name,
-        data=Path(config.data).name,
+        data=config.data if is_tfds(config.data) else Path(config.data).name,
     )

@@ -25,6 +25,8 @@ from samjax.tables.measured import BENCH, COMMAND, SUMMARY, Measured, flat_setti
 from samjax.tables.table import UNTRAINED, Column, Row, Table, config_in, method_in
 
 _ROUNDS = 5  # of a timing, as `samjax bench methods` has it
+# What times must have in common to stand side by side.
+_OF_TIMES = ("model", "image_size", "batch_size", "device", "threads", "jax")
 
 
 def missing(
@@ -161,7 +163,9 @@ def run_jobs(
             folder.mkdir(parents=True, exist_ok=True)
         by_text = {method_in(row, job.column): row.name for row in job.rows}
         try:
-            _note_command(folder, command)
+            for text in by_text:
+                if text != UNTRAINED:
+                    _note_command(folder / label_of(text), command)
             if job.column.timed:
                 _time(job, folder, console)
             if job.runs:
@@ -176,7 +180,9 @@ def run_jobs(
                 }
             for row in job.rows:
                 if row.method == UNTRAINED and not _is_there(row, job.column, runs):
-                    _evaluate(job.column.config, folder / label_of(UNTRAINED), console)
+                    out = folder / label_of(UNTRAINED)
+                    _evaluate(job.column.config, out, console)
+                    _note_command(out, command)
         except (ValueError, OSError, MemoryError) as error:
             text = " ".join(str(error).split()) or type(error).__name__
             console.print(f"failed: {job.column.name}: {text}")
@@ -189,11 +195,16 @@ def _note_command(folder: Path, command: str) -> None:
     facts = {"device": machine.device_name(), "threads": machine.num_threads()}
     name = machine.described({**facts, "jax": jax.__version__})
     today = datetime.date.today().isoformat()
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / COMMAND, {"command": command, "date": today, "machine": name})
 
 
 def _time(job: Job, folder: Path, console: Console) -> None:
-    """Times all of a column's missing rows in turns, which is how they can be compared."""
+    """Times all of a column's missing rows in turns, which is how they can be compared.
+
+    What was timed before is kept where it is of the same machine.
+    """
     config = job.column.config
     texts = [method_in(row, job.column) for row in job.rows]
     size = config.image_size
@@ -201,8 +212,10 @@ def _time(job: Job, folder: Path, console: Console) -> None:
     result = methods.measure(config.model, side, texts, config.batch_size, _ROUNDS, console)
     if (folder / BENCH).is_file():
         before = read_record(folder / BENCH, "delete it, and the same command times again")
-        if all(before[key] == result[key] for key in ("model", "image_size", "batch_size")):
+        if all(before.get(key) == result[key] for key in _OF_TIMES):
             result["methods"] = before["methods"] | result["methods"]
+        else:
+            console.print(f"left out: what {folder / BENCH} had, of another machine or step")
     write_json(folder / BENCH, result)
 
 

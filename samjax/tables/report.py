@@ -120,7 +120,8 @@ def _where(cell: Cell) -> str:
     else:
         begin = f"recorded, {measured.date}{steps}{seeds}"
     weights = Path(measured.config.weights).name
-    parts = [begin, measured.machine, weights and f"weights {weights}"]
+    data = measured.config.data if measured.config.data != cell.column.config.data else ""
+    parts = [begin, measured.machine, weights and f"weights {weights}", data and f"data {data}"]
     parts += [measured.command and f"`{measured.command}`", measured.note]
     return "; ".join(part for part in parts if part)
 

@@ -21,7 +21,7 @@ from typing import IO
 from samjax.data.walk import Track
 
 # What is raised for archives that are damaged, encrypted, or packed in a way that Python lacks.
-_BROKEN = (
+BROKEN = (
     zipfile.BadZipFile,
     tarfile.TarError,
     gzip.BadGzipFile,
@@ -56,13 +56,14 @@ class Archive:
         return self.file or f"{self.folder}/"
 
     def find(self, place: Path) -> Path | None:
-        """The folder in `place`, or `place` where it is that folder, else the file in it."""
-        if place.absolute().name == self.folder and place.is_dir():
-            return self._inner(place)
+        """The folder in `place`, else the file in it, else `place` where it is that folder."""
         if (place / self.folder).is_dir():
             return self._inner(place / self.folder)
-        file = place / self.file if self.file else None
-        return file if file is not None and file.is_file() else None
+        # Before the name of `place`: who collects archives may call the place as one of them.
+        if self.file and (place / self.file).is_file():
+            return place / self.file
+        is_folder = place.absolute().name == self.folder and place.is_dir()
+        return self._inner(place) if is_folder else None
 
     def _inner(self, folder: Path) -> Path:
         # Who extracts into a folder of the archive's name has it twice.
@@ -84,7 +85,7 @@ class Archive:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with read(name) as source, target.open("wb") as sink:
                         shutil.copyfileobj(source, sink)
-        except _BROKEN as error:
+        except BROKEN as error:
             raise ValueError(f"{file} is broken ({error}): get it again") from error
         if not members:
             raise ValueError(f"{file} holds no folder {self.folder}: it is another archive")

@@ -7,21 +7,11 @@ import io
 import tarfile
 import weakref
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
+from samjax.data.builders.archives import BROKEN
 from samjax.data.images import EncodedImage
-
-# RuntimeError and NotImplementedError: encrypted, or compressed in a way that Python lacks.
-_BROKEN = (
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    zlib.error,
-    EOFError,
-    RuntimeError,
-    NotImplementedError,
-)
 
 
 class Members:
@@ -126,5 +116,5 @@ def _is_visible(name: str) -> bool:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except _BROKEN as error:
+    except BROKEN as error:
         raise ValueError(f"{path} is broken ({error}): get the archive again") from error

@@ -110,6 +110,16 @@ def test_plural_folders_and_folders_within_themselves(files):
     assert_read_back("tfds:polyp", files)
 
 
+def test_an_archive_in_a_folder_that_is_called_as_it_is(files, tmp_path):
+    """DIR/isic2017/isic2017.zip and the like: the folder's name does not make it the dataset."""
+    files.official("leaf_disease")
+    place = tmp_path / "leaf_disease_segmentation"
+    place.mkdir()
+    (files.root / f"{place.name}.zip").rename(place / f"{place.name}.zip")
+    prepare("leaf_disease", files.root / "tfds", place, Console(file=io.StringIO()))
+    assert_read_back("tfds:leaf_disease", files)
+
+
 # What is missing
 
 
