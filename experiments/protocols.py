@@ -42,6 +42,7 @@ def sam_parser_column(
     """
     medical = DSC in metrics
     rate, decay = (1.25e-6, 5e-4) if medical else (1e-4, 5e-5)
+    outward = 76 if medical else 20  # of 1024 pixels; the medical script's are 19 of 256
     config = Config(
         weights="sam_vit_b",
         model="vit_b",
@@ -50,8 +51,8 @@ def sam_parser_column(
         objects="each",
         fractions=(train, 0.0, round(1 - train, 6)),
         test_split=test_split,
-        prompts=PromptConfig(none=0.0, box=1.0, box_jitter=0.0, box_outward=20),
-        eval_box_outward=20,
+        prompts=PromptConfig(none=0.0, box=1.0, box_jitter=0.0, box_outward=outward),
+        eval_box_outward=outward,
         metrics=tuple(metric.name for metric in metrics),
         loss=LossConfig("bce_dice" if medical else "bce_dice_focal", iou_weight=0.0),
         augment=NO_AUGMENTATION,

@@ -52,7 +52,7 @@ def write_report(
         "|---|---|---|---|",
         *(
             f"| {titles.get(name, name)} | {before.mean[name]:.4f} | {value:.4f} | "
-            f"{_change(before, after, name)} |"
+            f"{_change(config, before, after, name)} |"
             for name, value in after.mean.items()
         ),
         "",
@@ -71,13 +71,19 @@ def _seconds(seconds: float | None) -> str:
     return "" if seconds is None else f", {seconds:.3g} s each"
 
 
-def _change(before: Evaluation, after: Evaluation, name: str) -> str:
-    """The gain of a metric; of a mean over images with its standard error."""
+def _change(config: Config, before: Evaluation, after: Evaluation, name: str) -> str:
+    """The gain of a metric; of a mean over samples with its standard error."""
     change = f"{after.mean[name] - before.mean[name]:+.4f}"
-    if name in after.of_set or len(after.names) < 2:
+    images = [x.rpartition("#")[0] if config.objects == "each" else x for x in after.names]
+    count = len(set(images))
+    if name in after.of_set or count < 2:
         return change
     changes = after.per_image[name] - before.per_image[name]
-    return f"{change} ± {np.std(changes, ddof=1) / np.sqrt(len(changes)):.4f}"
+    # What errs in one object of an image may err in the others: images, not objects, are drawn.
+    _, image = np.unique(images, return_inverse=True)
+    of_images = np.bincount(image, changes - changes.mean())
+    error = np.sqrt(count / (count - 1) * np.square(of_images).sum()) / len(changes)
+    return f"{change} ± {error:.4f}"
 
 
 def _worst(

@@ -58,13 +58,8 @@ class Cell:
         """Settings in which what was measured differs from the protocol: (measured, protocol)."""
         if self.measured is None:
             return {}
-        ours = self.measured.settings()
         theirs = flat_settings(self.column.config, method_in(self.row, self.column))
-        return {
-            name: (ours.get(name), theirs.get(name))
-            for name in {**theirs, **ours}
-            if ours.get(name) != theirs.get(name)
-        }
+        return _differences(self.measured.settings(), theirs)
 
 
 def cells_of(
@@ -116,19 +111,27 @@ def find_recorded(
 ) -> Measured | None:
     """The record of a cell: of its very method, or else of the same one with other settings.
 
-    Of several the first that has a metric of the column. With other settings only where no other
-    row has the same method, since the record could be that row's.
+    Of several that have a metric of the column, the one whose settings differ least from the
+    protocol's. With another method's settings only where no other row has the same method, since
+    the record could be that row's.
     """
     wanted = {metric.name for metric in column.metrics}
     here = [m for m in recorded if m.column == column.name and wanted & m.metrics.keys()]
     method = method_in(row, column)
-    for measured in here:
-        if measured.method in (method, row.method):
-            return measured
+    found = [m for m in here if m.method in (method, row.method)]
     name = method.partition(":")[0]
-    if sum(other.method.partition(":")[0] == name for other in table.rows) > 1:
-        return None
-    return next((m for m in here if m.method.partition(":")[0] == name), None)
+    if not found and sum(other.method.partition(":")[0] == name for other in table.rows) == 1:
+        found = [m for m in here if m.method.partition(":")[0] == name]
+    protocol = flat_settings(column.config, method)
+    return min(found, key=lambda m: len(_differences(m.settings(), protocol)), default=None)
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {
+        name: (ours.get(name), theirs.get(name))
+        for name in {**theirs, **ours}
+        if ours.get(name) != theirs.get(name)
+    }
 
 
 def _trainable(row: Row, column: Column) -> int:

@@ -62,7 +62,7 @@ class Measured:
 # Settings that change nothing in what is measured, or name what a reader has elsewhere.
 _ELSEWHERE = frozenset(
     "weights data seed eval_batch_size fsdp attention remat cache_features log_every gallery "
-    "checkpoint_every validate_every keep patience best_metric metrics accumulate".split()
+    "checkpoint_every validate_every best_metric metrics accumulate".split()
 )
 
 

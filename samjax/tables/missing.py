@@ -207,8 +207,8 @@ def _time(job: Job, folder: Path, console: Console) -> None:
     """
     config = job.column.config
     texts = [method_in(row, job.column) for row in job.rows]
-    size = config.image_size
-    side = size if size is None or isinstance(size, int) else size[0]
+    side = config.image_size
+    assert not isinstance(side, tuple)  # a timed column has none
     result = methods.measure(config.model, side, texts, config.batch_size, _ROUNDS, console)
     if (folder / BENCH).is_file():
         before = read_record(folder / BENCH, "delete it, and the same command times again")

@@ -72,7 +72,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """What the rows are measured on: a dataset with its protocol and its metrics."""
+    """What the rows are measured on: a dataset with its protocol and its metrics.
+
+    Raises ValueError for a timed one of two sides, since steps are timed on squares.
+    """
 
     # A folder's name, and what --datasets and --data call it.
     name: str
@@ -84,6 +87,11 @@ class Column:
     learning_rate: float | None = None
     # Whether its rows are timed by `samjax bench methods` and not trained on data.
     timed: bool = False
+
+    def __post_init__(self) -> None:
+        size = self.config.image_size
+        if self.timed and isinstance(size, tuple):
+            raise ValueError(f"{self.name} is timed at one side, not at {size[0]} x {size[1]}")
 
 
 @dataclasses.dataclass(frozen=True)

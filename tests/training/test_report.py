@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from samjax.config import Config
+from samjax.data.prompts import PromptConfig
 from samjax.evaluation.evaluate import Evaluation
 from samjax.report import write_report
 
@@ -42,6 +43,17 @@ def test_means_changes_and_the_worst_images(tmp_path):
     for fact in ("4,205,796", "147,456", "352 x 352", "1.23 s", "step 800", "80 train, 3 test"):
         assert fact in text
     assert "prompt: none" in text and "(gallery.png)" in text
+
+
+def test_objects_of_one_image_are_one_draw(tmp_path):
+    prompts = PromptConfig(none=0.0, box=1.0)
+    config = Config(objects="each", prompts=prompts)
+    names = ("a#1", "a#2", "b#1", "b#2")
+    before = Evaluation(names, {"dice": np.zeros(4)})
+    after = Evaluation(names, {"dice": np.array([0.2, 0.2, 0.6, 0.6])})
+    # As the two images' means of 0.2 and 0.6: sqrt(0.08 / 2).
+    text = report(tmp_path, config, before, after, {"dice": "Dice"})
+    assert "+0.4000 ± 0.2000 |" in text
 
 
 def test_metrics_of_a_set_have_no_standard_error(tmp_path):
