@@ -64,7 +64,10 @@ def _check_numbers(config: Config) -> None:
     if not math.isfinite(config.epochs):
         raise ValueError(f"epochs must be finite, not {config.epochs}; --steps sets the steps")
     if any(x is not None and not x > 0 for x in (config.steps, config.epochs, config.gallery)):
-        raise ValueError("steps, epochs and gallery must be positive")
+        raise ValueError(
+            f"steps, epochs and gallery must be positive, and are {config.steps}, {config.epochs} "
+            f"and {config.gallery}"
+        )
 
 
 def _check_validation(config: Config) -> None:

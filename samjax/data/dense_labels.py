@@ -16,10 +16,11 @@ from jaxtyping import Int
 
 from samjax.data.dense import DenseSample, checked_truth
 from samjax.data.dense_folder import IMAGES
-from samjax.data.folder import LABELS, check_pairs, has_labels, has_masks, open_pairs
-from samjax.data.images import ImageFile, read_image, read_labels
+from samjax.data.folder import LABELS, Pair, check_pairs, has_labels, has_masks, open_pairs
+from samjax.data.images import ImageFile, image_size, read_image, read_labels
 from samjax.data.labels import VOID
 from samjax.data.splits import DEFAULT_FRACTIONS, Fractions, split_folders
+from samjax.data.walk import walk
 from samjax.tasks import CLASSES, Task
 
 
@@ -67,9 +68,14 @@ class DenseLabels:
         self.names: tuple[str, ...] = tuple(pair.name for pair in self._pairs)
 
     def check_sizes(self) -> None:
-        """Reads the headers of all files, and the first sample. Raises as reading does."""
+        """Reads the headers of images, and all label images. Raises as reading does."""
         check_pairs(self._pairs)
-        self[0]
+
+        def check(pair: Pair) -> None:
+            read_classes(pair.truth, self._task, image_size(pair.image))
+
+        for _ in walk(check, self._pairs, "checking classes"):
+            pass
 
     def __len__(self) -> int:
         """The number of samples."""

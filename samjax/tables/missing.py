@@ -75,14 +75,18 @@ def check_data(columns: Sequence[Column], asked: bool, console: Console) -> dict
     for column in columns:
         try:
             if _unprepared(column.config):
-                unprepared.append(_dataset(column.config))
+                unprepared.append(f"{_dataset(column.config)} for {column.name}")
                 continue
             usable[column.name] = len(open_sources(column.config, console)["train"])
         except (ValueError, OSError, RuntimeError) as error:
             broken.append(f"{column.name}: {' '.join(str(error).split())}")
     if unprepared:
         names = ", ".join(dict.fromkeys(unprepared))
-        fix = "run `samjax data prepare NAME` for each, or give a folder with --data DATASET=PATH"
+        example = unprepared[0].partition(" for ")
+        fix = (
+            f"run `samjax data prepare {example[0]}` and so on, or give a folder, such as "
+            f"--data {example[2]}=PATH"
+        )
         broken.insert(0, f"not prepared: {names} ({fix})")
     if broken and (asked or not usable):
         raise ValueError("; ".join(broken))

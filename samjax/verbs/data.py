@@ -11,7 +11,13 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from samjax.arguments import Outcome, parse
-from samjax.data.builders import DATASETS, builder_class, default_data_dir, prepared_folder
+from samjax.data.builders import (
+    DATASETS,
+    builder_class,
+    default_data_dir,
+    prepared_folder,
+    read_pairs,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +59,8 @@ class Data:
 
         manual_dir = self.manual_dir and self.manual_dir.expanduser()
         prepared = prepare(name, data_dir, manual_dir, console)
-        console.print(f"{name} {'was prepared before' if prepared.reused else 'is prepared'}")
+        before = f"was prepared before; to build it anew, delete {prepared.folder}"
+        console.print(f"{name} {before if prepared.reused else 'is prepared'}")
         there = f"TFDS_DATA_DIR={data_dir} " if self.data_dir else ""
         console.print(f"use it: {there}samjax train EXPERIMENT.py --data tfds:{name}")
         return {
@@ -67,24 +74,29 @@ class Data:
 
 def _entry(name: str, data_dir: Path) -> dict[str, Any]:
     cls, folder = builder_class(name), prepared_folder(name, data_dir)
+    there = read_pairs(folder) if folder.is_dir() else None
     return {
         "title": cls.TITLE,
         "pairs": cls.NUM_PAIRS,
+        "prepared_pairs": there,
         "homepage": cls.HOMEPAGE,
         "license": cls.LICENSE,
         "path": str(folder) if folder.is_dir() else None,
     }
 
 
+def _state(entry: dict[str, Any]) -> str:
+    return f"prepared {entry['prepared_pairs']:>6}" if entry["path"] else ""
+
+
 def _table(data_dir: Path) -> str:
     entries = {name: _entry(name, data_dir) for name in DATASETS}
     width = max(map(len, entries))
     lines = [
-        f"{'prepared' if entry['path'] else '':8}  {name:{width}}  {entry['pairs'] or '':>7}  "
-        f"{entry['title']}"
+        f"{_state(entry):15}  {name:{width}}  {entry['pairs'] or '':>7}  {entry['title']}"
         for name, entry in entries.items()
     ]
-    header = f"{'':8}  {'NAME':{width}}  {'IMAGES':>7}  in {data_dir}"
+    header = f"{'':15}  {'NAME':{width}}  {'IMAGES':>7}  in {data_dir}"
     more = "`samjax data prepare NAME` tells the license; `samjax data list --json` has it of all"
     return "\n".join([header, *lines, more]) + "\n"
 

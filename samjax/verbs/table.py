@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import shlex
 import sys
 from pathlib import Path
@@ -147,6 +148,9 @@ def _run(
             to_do[column.name] = column, needed
     if not to_do:
         console.print("no cell is missing")
+        for row in rows:
+            if row.unavailable:
+                console.print(f"{row.name} cannot be run: {row.unavailable}")
         return {}, 0
     trained = [column for column, _ in to_do.values() if not column.timed]
     usable = check_data(trained, bool(args.datasets), console) if trained else {}
@@ -158,9 +162,13 @@ def _run(
 def _data_of(texts: tuple[str, ...], names: list[str]) -> dict[str, str]:
     found = dict(text.partition("=")[::2] for text in texts)
     for name, path in found.items():
-        if name not in names or not path:
+        if not path:
+            raise ValueError(f"--data takes DATASET=PATH, not {name!r}")
+        if name not in names:
+            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
             raise ValueError(
-                f"--data takes DATASET=PATH, not {name!r}; the datasets here are {', '.join(names)}"
+                f"--data has no dataset {name!r} to give a path; the nearest is {nearest}, chosen "
+                f"are {', '.join(names)}"
             )
     return found
 

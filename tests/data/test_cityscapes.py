@@ -191,6 +191,7 @@ def test_what_is_missing_or_wrong_in_mtans_folder(tmp_path):
 
 def test_what_is_missing_or_wrong_in_archives(official, tmp_path):
     root = tmp_path / "cityscapes"
+    root.mkdir()
 
     def complaint(kind=ValueError):
         with pytest.raises(kind) as caught:
@@ -202,7 +203,7 @@ def test_what_is_missing_or_wrong_in_archives(official, tmp_path):
     assert (
         "register at https://www.cityscapes-dataset.com, get leftImg8bit_trainvaltest.zip" in said
     )
-    shutil.copytree(official, root)
+    shutil.copytree(official, root, dirs_exist_ok=True)
     name = NAMES["val"][0]
     labels, disparity = (file_of(root, kind, "val", name) for kind in ("gtFine", "disparity"))
     whole = labels.read_bytes()

@@ -105,10 +105,10 @@ def test_values_out_of_range_are_named(tmp_path):
     file = tmp_path / "train/labels/b.png"
     Image.fromarray(labels.astype(np.uint16)).save(file)
     source = open_dense(str(tmp_path), "train", [TASK])
-    source.check_sizes()
     message = f"{file} has the value 4, and task segmentation has the classes 0 to 3, and 255 where"
-    with pytest.raises(ValueError, match=message):
-        source[1]
+    for read in (source.check_sizes, lambda: source[1]):  # before a run begins, and in it
+        with pytest.raises(ValueError, match=message):
+            read()
     Image.fromarray(labels.astype(np.uint16) + 300).save(tmp_path / "train/labels/a.png")
     assert "a.png has the value 30" in complaint(tmp_path)
 

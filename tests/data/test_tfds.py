@@ -219,7 +219,7 @@ def test_the_list(data_dir, tmp_path, capsys):
     assert f"in {tmp_path}" in header and len(lines) == len(builders.DATASETS)
     assert not any(line.startswith("prepared") for line in lines)
     assert cli.main(["data", "list", "--data-dir", str(data_dir)]) == 0
-    assert "\nprepared  kvasir_seg" in capsys.readouterr().out
+    assert f"\nprepared {len(NAMES):>6}  kvasir_seg" in capsys.readouterr().out
 
 
 def test_names_of_datasets_stay_as_they_are_in_a_run(data_dir, monkeypatch):
@@ -307,7 +307,9 @@ def test_what_is_wrong_with_the_files_is_said_before_anything_is_prepared(tmp_pa
 
 
 def test_names_and_splits_that_are_not_there(data_dir):
-    with pytest.raises(ValueError, match="unknown dataset 'kvasir'; samjax has kvasir_seg"):
+    with pytest.raises(
+        ValueError, match="unknown dataset 'kvasir'; the nearest is kvasir_seg, samjax has"
+    ):
         open_source("tfds:kvasir", "train")
     with pytest.raises(ValueError, match="split must be one of"):
         TfdsSource("kvasir_seg", "all", data_dir=data_dir)

@@ -7,6 +7,7 @@ hold; what the datasets share is in `records` and `archives` and, for masks, in 
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 from pathlib import Path
@@ -48,7 +49,10 @@ def builder_class(name: str) -> type[RecordsBuilder]:
     """
     name = name.partition(":")[0]
     if name not in _CLASSES:
-        raise ValueError(f"unknown dataset {name!r}; samjax has {', '.join(DATASETS)}")
+        nearest = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"unknown dataset {name!r}; the nearest is {nearest}, samjax has {', '.join(DATASETS)}"
+        )
     try:
         importlib.import_module("array_record.python.array_record_module")
     except ImportError as error:
@@ -84,3 +88,11 @@ def configuration(name: str) -> BuilderConfig | None:
         return builder_class(name).configured(name.partition(":")[2])
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def read_pairs(folder: Path) -> int:
+    """How many images a prepared dataset has."""
+    import tensorflow_datasets as tfds
+
+    splits = tfds.builder_from_directory(folder).info.splits
+    return sum(split.num_examples for split in splits.values())

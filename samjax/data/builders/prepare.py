@@ -49,12 +49,17 @@ def prepare(name: str, data_dir: Path, manual_dir: Path | None, console: Console
     splits = {split: found.num_examples for split, found in info.splits.items()}
     pairs = sum(splits.values())
     if cls.NUM_PAIRS is not None and pairs != cls.NUM_PAIRS:
-        _logger.warning("%s holds %s pairs, but %s has %s", folder, pairs, name, cls.NUM_PAIRS)
+        _logger.warning(
+            "%s holds %s pairs, but %s has %s: to build it of other files, delete that folder",
+            *(folder, pairs, name, cls.NUM_PAIRS),
+        )
     return Prepared(folder, splits, int(info.dataset_size), reused)
 
 
 def _build(name: str, data_dir: Path, manual_dir: Path | None, console: Console) -> None:
     cls = builder_class(name)
+    if manual_dir is not None and not manual_dir.is_dir():
+        raise FileNotFoundError(f"there is no folder {manual_dir}: --manual-dir is one with files")
     # The second is TFDS's own place for files that were fetched by hand.
     files = manual_dir or data_dir / "downloads" / "manual"
     is_missing = cls.find(files) is None
