@@ -22,7 +22,8 @@ from samjax.files import check_writable, read_record, writing
 from samjax.lock import check_free, run_lock
 from samjax.method_text import with_method
 from samjax.peft.recipes import RECIPES
-from samjax.run import BEFORE, changed_setting, check_out, open_model, open_sources, train
+from samjax.run import BEFORE, open_model, open_sources, train
+from samjax.run_folder import changed_setting, check_out
 from samjax.terminal import Interrupted
 from samjax.training.loop import check_stages
 

@@ -21,7 +21,7 @@ from samjax.catalog import CATALOG, Entry, Wheel
 from samjax.config import Config
 from samjax.download import DownloadError
 from samjax.models import MODELS
-from samjax.run import with_absolute_paths
+from samjax.run_folder import with_absolute_paths
 from weights_convert import expected_shapes, from_params
 
 QUIET = Console(quiet=True)

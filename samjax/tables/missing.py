@@ -19,7 +19,8 @@ from samjax.compare import Run, check, choose_baseline, compare, earlier_runs, l
 from samjax.config import Config
 from samjax.data.sources import TFDS, is_tfds
 from samjax.files import check_writable, read_record, write_json, writing
-from samjax.run import evaluate_weights, open_sources, with_absolute_paths
+from samjax.run import evaluate_weights, open_sources
+from samjax.run_folder import with_absolute_paths
 from samjax.tables.cells import find_recorded
 from samjax.tables.measured import BENCH, COMMAND, SUMMARY, Measured, flat_settings, read_runs
 from samjax.tables.table import UNTRAINED, Column, Row, Table, config_in, method_in

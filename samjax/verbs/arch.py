@@ -41,7 +41,7 @@ class Arch:
         """Prints and writes the architecture."""
         from samjax import arch
         from samjax.files import check_parent
-        from samjax.run import ADAPTER, finished_run_config
+        from samjax.run_folder import ADAPTER, finished_run_config
         from samjax.training.loop import METRICS
 
         def adapter_of(run: Path) -> Path:

@@ -95,7 +95,8 @@ def run(argv: list[str], console: Console) -> Outcome:
 
 
 def _eval_run(target: Path, args: EvalRun, console: Console) -> Outcome:
-    from samjax.run import evaluate_run, finished_run_config
+    from samjax.run import evaluate_run
+    from samjax.run_folder import finished_run_config
 
     outward = args.eval_box_outward
     config = finished_run_config(

@@ -41,7 +41,8 @@ def run(argv: list[str], console: Console) -> Outcome:
     args = parse(Train, argv[1:], "samjax train EXPERIMENT.py", default, experiment.doc)
 
     def work(console: Console) -> Outcome:
-        from samjax.run import check_out, train
+        from samjax.run import train
+        from samjax.run_folder import check_out
 
         # Before `prepare`, which may download.
         args.config.num_devices()

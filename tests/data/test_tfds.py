@@ -30,7 +30,7 @@ from samjax.data.builders.prepare import prepare
 from samjax.data.folder import FolderSource
 from samjax.data.sources import Dataset, open_source
 from samjax.data.tfds import TfdsSource
-from samjax.run import with_absolute_paths
+from samjax.run_folder import with_absolute_paths
 
 NAMES = [f"cju{i:02}" for i in range(20)]
 ORIENTATION, ROTATED = 0x0112, 6
