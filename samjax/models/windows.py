@@ -24,6 +24,9 @@ def partition(x: Float[Array, "b h w c"], size: int, fill: Any = None) -> Float[
     if fill is not None:
         lacks = np.ones(x.shape[1:3], bool)
         lacks[:height, :width] = False
+        # A row of the batch each: its gradient is then summed over places before it is over images,
+        # which lie on several devices.
+        fill = jnp.broadcast_to(fill, (batch, 1, 1, channels))
         x = x + fill * lacks[..., None].astype(x.dtype)
     x = x.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
     return x.reshape(-1, size, size, channels)

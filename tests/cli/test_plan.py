@@ -116,9 +116,13 @@ def test_a_topology_that_there_is_not(call, files, assert_refused, name):
 
 @pytest.mark.slow
 def test_plan_of_a_topology(call, files, small):
-    """Gradients are summed over all devices, in one operation or two, and nothing else moves."""
+    """Gradients are summed over all devices, in one operation or two, and nothing else moves.
+
+    Windows do not divide the map: what stands for their padding is no reason either.
+    """
     pytest.importorskip("libtpu")
     arguments = ("--model", "small", "--topology", "v5e:2x2", "--fsdp", "2", "--json")
+    arguments += ("--image-size", "160")
     found = json.loads(call("plan", files / "tiny.py", *arguments).out)
     assert found["device"] == "TPU v5 lite" and found["mesh"] == {"data": 2, "fsdp": 2}
     assert found["batch_size"] == 4 and found["batch_per_chip"] == 1
