@@ -75,7 +75,10 @@ def test_missing_cells_run_and_are_recorded(call, table, monkeypatch):
         patch.setattr(loop.MetricsLog, "write", write_and_stop)
         stopped = call(*run)
     assert stopped.code == 130 and "the same command goes on" in stopped.err.splitlines()[-1]
-    assert "left out: not prepared: kvasir_seg (run `samjax data prepare NAME`" in stopped.err
+    assert (
+        "left out: not prepared: kvasir_seg for absent (run `samjax data prepare kvasir_seg`"
+        in stopped.err
+    )
 
     done = call(*run)
     assert done.code == 1  # one dataset was not there
@@ -145,10 +148,10 @@ def test_a_cell_that_fails_keeps_none_from_its_own(call, table, monkeypatch):
         (("tiny", "--datasets", "ellipse"), "no dataset 'ellipse'; the nearest is ellipses"),
         (("tiny", "--weights", "mobile_sam"), "--weights is for cells that run: add --run"),
         (("tiny", "--seeds", "1"), "--seeds is for cells that run: add --run"),
-        (("tiny", "--run", "--data", "elipses=x"), "--data takes DATASET=PATH, not 'elipses'"),
+        (("tiny", "--run", "--data", "elipses=x"), "the nearest is ellipses, chosen"),
         (
             ("tiny", "--run", "--datasets", "absent"),
-            "not prepared: kvasir_seg (run `samjax data pr",
+            "not prepared: kvasir_seg for absent (run `samj",
         ),
         (
             ("tiny", "--run", "--data", "ellipses=nowhere"),
