@@ -68,7 +68,7 @@ class DenseTfds:
         stored = builder.info.metadata["names"].keys()
         if split == "validation" and stored == {"train", "test"}:
             raise no_validation()
-        self._records = Records(name, split, seed, fractions, data_dir)
+        self._records = Records(name, split, seed, fractions, builder)
         self.names: tuple[str, ...] = self._records.names
         self._tasks = tuple(tasks)
 

@@ -97,16 +97,20 @@ def open_tfds(
 class Records:
     """The records of one split of a prepared dataset, with image files as they are.
 
-    `name` may have a part of the dataset after a slash: splits that have parts are that one alone.
+    `builder` is what `open_prepared` gives of `name`, which may have a part of the dataset after a
+    slash: splits that have parts are that one alone.
 
-    Raises FileNotFoundError for a dataset that is not prepared, ValueError for an unknown name or
-    part and for a split that is not there or empty.
+    Raises ValueError for a split that is not there or empty.
     """
 
     def __init__(
-        self, name: str, split: str, seed: int, fractions: Fractions, data_dir: Path | None
+        self,
+        name: str,
+        split: str,
+        seed: int,
+        fractions: Fractions,
+        builder: tfds.core.DatasetBuilder,
     ) -> None:
-        builder = open_prepared(name, data_dir)
         self.folder = Path(builder.data_dir)
         self.features = frozenset(builder.info.features)
         part = name.partition("/")[2]
@@ -136,7 +140,7 @@ class TfdsSource:
     may tell the threshold of its masks. `name` may have a part of the dataset after a slash: splits
     that have parts are then that one alone.
 
-    Raises as `Records` does, and ValueError for a dataset without masks.
+    Raises as `open_prepared` and `Records` do, and ValueError for a dataset without masks.
     """
 
     def __init__(
@@ -147,9 +151,10 @@ class TfdsSource:
         fractions: Fractions = DEFAULT_FRACTIONS,
         data_dir: Path | None = None,
     ) -> None:
-        if "mask" not in open_prepared(name, data_dir).info.features:
+        builder = open_prepared(name, data_dir)
+        if "mask" not in builder.info.features:
             raise ValueError(f"{name} has dense tasks and no masks: name them with tasks")
-        self._records = Records(name, split, seed, fractions, data_dir)
+        self._records = Records(name, split, seed, fractions, builder)
         self.names = self._records.names
         self._threshold: int | None = self._records.metadata.get("threshold")
         self._notices = Notices(self._records.folder)

@@ -20,7 +20,7 @@ from samjax.data.labels import select
 from samjax.data.objects import Choice, Object, choose, objects_of
 from samjax.data.sources import Objects, Sample
 from samjax.data.splits import DEFAULT_FRACTIONS, Fractions, quote
-from samjax.data.tfds import Records
+from samjax.data.tfds import Records, open_prepared
 
 
 class ObjectRecords:
@@ -31,8 +31,9 @@ class ObjectRecords:
     `samjax.data.labels.LabelSource`, of the same data; but `classes` of label images are names,
     too, and 255 is never an object.
 
-    Raises as `samjax.data.tfds.Records` does, and ValueError for unknown classes and for a split
-    without objects or any of the classes; RuntimeError where polygons lack pycocotools.
+    Raises as `samjax.data.tfds.open_prepared` and its `Records` do, and ValueError for unknown
+    classes and for a split without objects or any of the classes; RuntimeError where polygons lack
+    pycocotools.
     """
 
     def __init__(
@@ -45,7 +46,8 @@ class ObjectRecords:
         classes: tuple[str, ...] = (),
         data_dir: Path | None = None,
     ) -> None:
-        records = self._records = Records(name, split, seed, fractions, data_dir)
+        builder = open_prepared(name, data_dir)
+        records = self._records = Records(name, split, seed, fractions, builder)
         named = [(entry["name"], entry["id"]) for entry in records.metadata["categories"]]
         kept = category_ids(classes, named, records.folder)
         present = objects_of(records.metadata["objects"][records.stored])
